@@ -879,8 +879,9 @@ def first_line(error):
 
 
 def check_fit(model, tokenizer, name):
-    """Raise ValueError if the tokenizer can write an id for which the model has no embedding."""
-    rows, top = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    """Raise ValueError if the tokenizer can write an id for which the model has no embedding. Its PAD is never used here."""
+    used = set(tokenizer.get_vocab().values()) - ({tokenizer.pad_token_id} - {tokenizer.eos_token_id})
+    rows, top = model.get_input_embeddings().num_embeddings, max(used)
     if top >= rows:
         raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the embedding has {rows} rows")
 
@@ -1112,7 +1113,7 @@ def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fl
     """Sample `eval_samples` replies to each of N prompts, without touching the run's random numbers.
 
     -> (dict of means: score, gold, fluency, kl in nats, entropy in nats, length, eos_fraction; list of rows, one a reply:
-    prompt, response, score, gold). gold and fluency are there only if their functions are.
+    prompt, response, score, gold, kl). gold and fluency are there only if their functions are.
     """
     prompts = prompts * config.eval_samples
     total, rows = {}, []
@@ -1124,19 +1125,20 @@ def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fl
             logits, _ = response_logits(policy, input_ids, attention_mask, tokens, mask)
             ref_logits, _ = response_logits(reference, input_ids, attention_mask, tokens, mask)
             log_ratio = token_logprobs(logits, tokens, config.temperature) - token_logprobs(ref_logits, tokens, config.temperature)
+            kl = torch.where(mask, log_ratio, 0.0).sum(dim=1).tolist()
             scores = score(batch, responses, *([ended] if isinstance(score, PreferenceModel) else []))
             golds = gold(batch, responses) if gold else [None] * len(batch)
             sums = {
                 "score": sum(scores),
                 **({"gold": sum(golds)} if gold else {}),
                 **({"fluency": sum(map(fluent, responses))} if fluent else {}),
-                "kl": torch.where(mask, log_ratio, 0.0).sum().item(),
+                "kl": sum(kl),
                 "entropy": masked_mean(token_entropy(logits, config.temperature), mask).item() * len(batch),
                 "length": mask.sum().item(),
                 "eos_fraction": ended.sum().item(),
             }
             total = {name: total.get(name, 0) + value for name, value in sums.items()}
-            rows += zip(batch, (response.strip() for response in responses), scores, golds)
+            rows += zip(batch, (response.strip() for response in responses), scores, golds, kl)
     return {name: value / len(prompts) for name, value in total.items()}, rows
 
 
@@ -1201,7 +1203,7 @@ def main(argv=None):
 
     def stop(*_):
         raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     config = None
     try:
         config = parse(argv)
@@ -1215,6 +1217,8 @@ def main(argv=None):
         folder = config and (config.resume or config.out)
         print(f"\nrlaif: stopped; go on with: python rlaif.py --resume {folder}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

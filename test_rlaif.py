@@ -544,3 +544,841 @@ def test_beta_by_hand_and_at_its_limit():
         with pytest.raises(ValueError):
             update_beta(**{"beta": 0.1, "kl": 1.0, "target": 1.0, "horizon": 10, "n": 1, **bad})
     assert update_beta(0.1, 1.0, 2.0, 10, 49) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny models made on the spot
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def letters(words="abc", **special):
+    """A tokenizer with one token per letter and an EOS; with a chat template or a pad token where asked."""
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*words, "<eos>"])}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
+
+
+def gpt2(vocabulary=4, seed=0, kind=GPT2LMHeadModel, context=16, scale=0.2, **settings):
+    torch.manual_seed(seed)
+    return kind(GPT2Config(vocab_size=vocabulary, n_positions=context, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0,
+                           attn_pdrop=0, initializer_range=scale, bos_token_id=None, eos_token_id=vocabulary - 1, **settings)).eval()
+
+
+def modern(config_class, model_class, seed=0, **settings):
+    torch.manual_seed(seed)
+    small = {"vocab_size": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "max_position_embeddings": 16, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 3, "pad_token_id": None}
+    if config_class is not GPTNeoXConfig:
+        small["num_key_value_heads"] = 1
+    return model_class(config_class(**small, **settings)).eval()
+
+
+ARCHITECTURES = {
+    "GPT-2": gpt2,
+    "Llama": lambda **s: modern(LlamaConfig, LlamaForCausalLM, **s),
+    "Qwen2": lambda **s: modern(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True, **s),
+    "GPT-NeoX": lambda **s: modern(GPTNeoXConfig, GPTNeoXForCausalLM, **s),
+}
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+EOS = 3
+SEQUENCES = ([[*s, EOS] for n in range(3) for s in itertools.product(range(3), repeat=n)] + [list(s) for s in itertools.product(range(3), repeat=3)])
+TEXTS = ["".join("abc"[token] for token in s if token != EOS) for s in SEQUENCES]  # all 40 responses of at most 3 tokens
+ALL_TOKENS = torch.tensor([s + [EOS] * (3 - len(s)) for s in SEQUENCES])
+ALL_MASK = torch.tensor([[t < len(s) for t in range(3)] for s in SEQUENCES])
+
+
+def enumerate_logprobs(model, prompt_ids, temperature=0.7, steps=ALL_TOKENS, mask=ALL_MASK):
+    """log pi of every response to one prompt -> per token (40, 3), 0 outside the mask, in float64."""
+    ids = torch.tensor([prompt_ids] * len(steps))
+    logits, _ = rlaif.response_logits(model, ids, torch.ones_like(ids), steps, mask)
+    return torch.where(mask, token_logprobs(logits, steps, temperature), 0.0).double()
+
+
+def toy_config(folder, **settings):
+    """A run on the letter models: two prompts of different lengths, responses of 1 to 3 tokens."""
+    (folder / "prompts.txt").write_text("ab\nc\n")
+    return rlaif.Config(**{"prompts": str(folder / "prompts.txt"), "template": "{prompt}", "max_new_tokens": 3, "temperature": 0.7,
+                           "iterations": 3, "batch_size": 8, "minibatch_size": 4, "learning_rate": 1e-2, "device": "cpu", **settings})
+
+
+def count_a(prompts, responses):
+    return [float(response.count("a")) + 0.1 * len(response) for response in responses]
+
+
+def toy_train(folder, score=count_a, policy=None, **settings):
+    """Run `train` on the letter models -> (policy, list of metrics)."""
+    policy = policy or gpt2()
+    return policy, list(rlaif.train(toy_config(folder, **settings), score=score, policy=policy, tokenizer=letters()))
+
+
+def same_but_for_timings(a, b):
+    def strip(metrics):
+        return [{name: value for name, value in m.items() if "second" not in name} for m in metrics]
+    return strip(a) == strip(b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation and padding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_architecture
+def test_left_padding_changes_neither_logprobs_nor_values_nor_greedy_replies(architecture, device):
+    model = ARCHITECTURES[architecture]().to(device)
+    value = rlaif.ValueFunction(32, head="random").to(device)
+    separate = rlaif.ValueFunction(32, copy.deepcopy(model.base_model), head="random").to(device)
+    prompts = [[0, 1, 2, 1, 0], [2], [1, 0]]
+    ids, attention = rlaif.pad(prompts, "left", device)
+    tokens, mask = generate(model, ids, attention, 6, EOS, EOS, temperature=0)
+    for b, prompt in enumerate(prompts):
+        alone, full = rlaif.pad([prompt], "left", device)
+        one, one_mask = generate(model, alone, full, 6, EOS, EOS, temperature=0)
+        n = one_mask.sum()
+        assert n == mask[b].sum() and torch.equal(one[0, :n], tokens[b, :n]), "greedy replies change with left padding: position ids?"
+        for head in (value, separate):
+            batch_out = rlaif.response_logits(model, ids, attention, tokens, mask, head)
+            alone_out = rlaif.response_logits(model, alone, full, one, one_mask, head)
+            for in_batch, by_itself in zip(batch_out, alone_out):
+                close(in_batch[b, :n], by_itself[0], "left padding moves the logits or values: position ids counted from 0?", atol=1e-4)
+
+
+@every_architecture
+def test_greedy_generation_is_that_of_transformers_and_of_no_cache(architecture):
+    for seed in range(3):
+        model = ARCHITECTURES[architecture](seed=seed)
+        ids, attention = rlaif.pad([[0, 1, 2], [2], [1, 1, 0, 2, 0]], "left", "cpu")
+        tokens, mask = generate(model, ids, attention, 8, EOS, 0, temperature=0)
+        theirs = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, max_new_tokens=8, eos_token_id=EOS,
+                                pad_token_id=0)[:, ids.shape[1]:]
+        assert torch.equal(tokens, theirs), "greedy generation differs from transformers' own"
+        for b in range(3):
+            text = ids[b][attention[b].bool()].tolist()
+            for t in range(int(mask[b].sum())):
+                assert model(torch.tensor([text])).logits[0, -1].argmax() == tokens[b, t], "the key-value cache changes the result"
+                text.append(tokens[b, t].item())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_sampling_follows_the_policy_at_its_temperature_and_nothing_else(temperature):
+    """No top-k, no forgotten temperature: frequencies of all 40 responses against their enumerated probabilities."""
+    model, n = gpt2(), 20000
+    ids = torch.tensor([[0, 1]] * n)
+    torch.manual_seed(1)
+    tokens, mask = generate(model, ids, torch.ones_like(ids), 3, EOS, EOS, temperature)
+    expected = enumerate_logprobs(model, [0, 1], temperature).sum(1).exp()
+    close(expected.sum(), 1.0, "the enumerated responses are all there are", atol=1e-5)
+    found = {text: 0 for text in map(tuple, SEQUENCES)}
+    for row, length in zip(tokens.tolist(), mask.sum(1).tolist()):
+        found[tuple(row[:length])] += 1
+    counts = torch.tensor(list(found.values()), dtype=torch.float64)
+    chi_square = ((counts - n * expected) ** 2 / (n * expected)).sum().item()
+    assert chi_square < 80, f"sampled frequencies are not the policy's (chi-square {chi_square:.0f} with 39 degrees of freedom)"
+
+
+@pytest.mark.parametrize("eos", [EOS, [EOS], [EOS, 0], None])
+def test_a_response_is_true_up_to_and_with_its_eos_and_pad_follows(eos):
+    ids = torch.tensor([[0, 1]] * 64)
+    torch.manual_seed(0)
+    tokens, mask = generate(gpt2(), ids, torch.ones_like(ids), 6, eos, 2)
+    ends = [] if eos is None else torch.tensor(eos).reshape(-1).tolist()
+    for row, real in zip(tokens.tolist(), mask.tolist()):
+        length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
+        assert real == [t < length for t in range(len(row))], "the mask must hold the EOS and nothing after it"
+        assert all(token == 2 for token in row[length:]), "PAD follows the EOS"
+    assert mask[:, -1].any(), "T is the longest response drawn"
+    with pytest.raises(ValueError):
+        generate(gpt2(), ids, torch.ones_like(ids), 0, eos, 2)
+
+
+def test_pad_may_be_eos_because_masks_come_from_lengths():
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 1]] * 32)
+    tokens, mask = generate(gpt2(), ids, torch.ones_like(ids), 6, EOS, EOS)
+    ended = (tokens == EOS).any(1)
+    first = (tokens == EOS).int().argmax(1)
+    assert ended.any() and (mask.sum(1) == torch.where(ended, first + 1, 6)).all(), "pad == eos masks the EOS away"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KL on a real policy, by enumeration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_per_token_kl_sums_to_the_kl_of_the_sequence_distributions():
+    """The chain rule, k1 and k3, at every token of every response of a GPT-2 (in float64)."""
+    policy, reference = gpt2(seed=0).double(), gpt2(seed=1).double()
+    for prompt in ([0, 1], [2]):
+        logprobs, ref_logprobs = enumerate_logprobs(policy, prompt), enumerate_logprobs(reference, prompt)
+        p, q = logprobs.sum(1).exp(), ref_logprobs.sum(1).exp()
+        close(p.sum(), 1.0, "the enumerated responses are all there are")
+        close((p[:, None] * kl_estimate(logprobs, ref_logprobs)).sum(), (p * (p / q).log()).sum(), "the k1 of the tokens do not sum to the KL")
+        ids = torch.tensor([prompt] * 40)
+        logits, ref_logits = (rlaif.response_logits(model, ids, torch.ones_like(ids), ALL_TOKENS, ALL_MASK)[0] / 0.7 for model in (policy, reference))
+        exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=ref_logits))
+        for kind in ("k1", "k3"):
+            everywhere = torch.stack([logits.log_softmax(-1)[..., a].exp() * kl_estimate(
+                token_logprobs(logits, torch.full_like(ALL_TOKENS, a)), token_logprobs(ref_logits, torch.full_like(ALL_TOKENS, a)), kind)
+                for a in range(4)]).sum(0)
+            close(everywhere, exact, f"over the whole vocabulary, the mean of {kind} is not the KL")
+
+
+def test_the_gradient_of_a_minibatch_is_that_of_its_rows_weighted_by_their_tokens():
+    policy = gpt2().double()
+    torch.manual_seed(3)
+    ids = torch.tensor([[0, 1]] * 6)
+    tokens, mask = generate(policy, ids, torch.ones_like(ids), 5, EOS, EOS)
+    advantages = torch.randn(mask.shape, dtype=torch.float64)
+
+    def gradient(rows):
+        logits, _ = rlaif.response_logits(policy, ids[rows], torch.ones_like(ids[rows]), tokens[rows], mask[rows])
+        logprobs = token_logprobs(logits, tokens[rows])
+        loss, _ = policy_loss(logprobs, logprobs.detach() - 0.1, advantages[rows], mask[rows])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+    weights = mask.sum(1) / mask.sum()
+    assert len(set(mask.sum(1).tolist())) > 1
+    close(sum(weights[b] * gradient([b]) for b in range(6)), gradient(list(range(6))), "rows are averaged before tokens", atol=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The AI side: judge and preference model
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinx"))
+
+
+def random_judge(seed=0, **special):
+    return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
+
+
+def test_averaging_both_orders_makes_the_two_sides_of_a_label_sum_to_one():
+    judge, tokenizer = random_judge()
+    torch.manual_seed(0)
+    a, b = ["aa", "b", "cd"], ["e", "fgh", "ab"]
+    both = [rlaif.judge_pairs(judge, tokenizer, rlaif.CONSTITUTION[:1], ["c"] * 3, *pair) for pair in ((a, b), (b, a))]
+    close(both[0] + both[1], torch.ones(3), "p(a, b) + p(b, a) is not 1: were both orders given the same label?", atol=1e-6)
+    one = [rlaif.judge_pairs(judge, tokenizer, rlaif.CONSTITUTION[:1], ["c"] * 3, *pair, both_orders=False) for pair in ((a, b), (b, a))]
+    assert ((one[0] + one[1] - 1).abs() > 1e-3).all(), "a random judge has a position bias: the orders were not really swapped"
+    close(both[0], (one[0] + 1 - one[1]) / 2, "not the average of the two orders", atol=1e-6)
+
+
+def test_a_comparison_keeps_its_principle_in_both_orders(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rlaif, "ask_judge", lambda judge, tokenizer, questions: (asked.append(questions), torch.full((len(questions),), 0.9))[1])
+    torch.manual_seed(0)
+    labels = rlaif.judge_pairs(None, None, rlaif.CONSTITUTION, ["q"] * 20, [f" a{i}" for i in range(20)], [f" b{i}" for i in range(20)])
+    close(labels, torch.full((20,), 0.5), "a judge that always says A says nothing", atol=1e-6)
+    for i, (one, other) in enumerate(zip(*asked)):
+        assert one.splitlines()[0] == other.splitlines()[0], "the two orders of a comparison must share one principle"
+        assert f"(A) a{i}\n(B) b{i}\n" in one and f"(A) b{i}\n(B) a{i}\n" in other, "the second order must swap the responses"
+    assert len({one.splitlines()[0] for one in asked[0]}) > 1, "a principle is drawn for each comparison"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_judge_is_read_at_the_first_token_in_which_the_answers_differ(chat):
+    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<tutti>" if chat else None
+    judge, tokenizer = random_judge(chat_template=template)
+    questions = ["ab", "cdefgh"]
+    prompt = ["<user>ab<tutti>", "<user>cdefgh<tutti>"] if chat else ["ab ", "cdefgh "]  # " A" and " B" differ after the space
+    for question, expected in zip(rlaif.ask_judge(judge, tokenizer, questions), prompt):
+        logits = judge(torch.tensor([tokenizer(expected).input_ids])).logits[0, -1]
+        pair = logits[tokenizer.convert_tokens_to_ids(["A", "B"])]
+        close(question, pair.softmax(0)[0], "not softmax over the two answers after what they share", atol=1e-5)
+
+
+def preference_model(seed=0, kind=GPT2ForSequenceClassification, **special):
+    tokenizer = letters("ab cxyUsertin:\nAp", **special)
+    return rlaif.PreferenceModel(gpt2(len(tokenizer), seed, kind, context=64, num_labels=1), tokenizer, "User: {prompt}\nA:")
+
+
+def test_a_score_is_the_head_at_the_last_real_token_whatever_stands_beside_it():
+    preference = preference_model(pad_token="<eos>")
+    prompts, responses, ended = ["a", "ab", "abc"], [" xyxyxy", " x", ""], [True, False, True]
+    scores = preference(prompts, responses, ended)
+    for prompt, response, end, score in zip(prompts, responses, ended, scores):
+        ids = preference.tokenizer(f"User: {prompt}\nA:{response}").input_ids + [preference.tokenizer.eos_token_id] * end
+        hidden = preference.model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
+        close(score, preference.model.score(hidden)[0], "the score is read at padding, or before the EOS", atol=1e-5)
+    assert preference(prompts, responses) == preference(prompts, responses, [True] * 3), "a response counts as ended unless said otherwise"
+    assert preference(prompts, responses, [True] * 3) != preference(prompts, responses, [False] * 3), "the EOS must be seen"
+
+
+def test_an_encoder_scores_through_its_own_pooling():
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    tokenizer = letters("ab cxyUsertin:\nAp")
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                     intermediate_size=16, max_position_embeddings=64, num_labels=1, initializer_range=0.5)).eval()
+    preference = rlaif.PreferenceModel(model, tokenizer, "{prompt}")
+    together = preference(["a", "abc"], ["x", "xyxy"])
+    close(together, preference(["a"], ["x"]) + preference(["abc"], ["xyxy"]), "padding reaches an encoder's score", atol=1e-5)
+
+
+def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_calibrated():
+    policy, tokenizer = gpt2(), letters()
+    torch.manual_seed(0)
+    preference = rlaif.new_preference_model(policy, tokenizer, "{prompt}")
+    assert all(torch.equal(a, b) for a, b in zip(preference.model.base_model.parameters(), policy.base_model.parameters())), "starts from the policy's trunk"
+    head = preference.model.score.weight
+    assert 0.5 < head.std() * 33**0.5 < 1.5, "the head starts normal with std 1/sqrt(D + 1)"
+    n = 600
+    a, b = ([TEXTS[i] for i in torch.randint(40, (n,))] for _ in "ab")
+    p = torch.sigmoid(torch.tensor(count_a([], a)) - torch.tensor(count_a([], b)))
+    report = rlaif.fit_preference(preference, ["c"] * n, (a, [True] * n), (b, [True] * n), p, epochs=12, minibatch_size=32, learning_rate=3e-3)
+    assert report["floor"] <= report["train_loss"] < report["floor"] + 0.03, f"soft labels are not learned to their entropy: {report}"
+    assert report["accuracy"] > 0.9 and abs(report["loss"] - report["floor"]) < 0.05, f"{report}"
+    scores = torch.tensor(preference(["c"] * (2 * n), a + b))
+    assert abs(scores.mean()) < 0.3 and abs(scores.std() - 1) < 1e-3, "not calibrated to mean 0 and std 1 on the samples"
+    truth = torch.tensor(count_a([], a + b))
+    assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.95, "the scores do not follow what the labels say: sign?"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_with_learning_rate_zero_nothing_moves_and_the_ratio_is_one(tmp_path, value):
+    policy = gpt2()
+    before = copy.deepcopy(policy.state_dict())
+    _, metrics = toy_train(tmp_path, policy=policy, learning_rate=0.0, value=value, beta=2.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items()), "a parameter moved at learning rate 0"
+    for m in metrics:
+        assert abs(m["ratio"] - 1) < 1e-5 and abs(m["approx_kl"]) < 1e-6 and m["clip_fraction"] == 0, "old and new policy differ without a step"
+        assert abs(m["kl"]) < 1e-6, "the policy is its own reference, yet there is a KL"
+
+
+def test_the_reference_and_the_preference_model_never_change(tmp_path, monkeypatch):
+    kept = []
+    original = rlaif.prepare
+    monkeypatch.setattr(rlaif, "prepare", lambda *args: kept.append(original(*args)) or kept[0])
+    preference = rlaif.PreferenceModel(gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters(), "{prompt}")
+    before = copy.deepcopy(preference.model.state_dict())
+    start = copy.deepcopy(gpt2().state_dict())
+    policy, _ = toy_train(tmp_path, score=preference)
+    assert all(torch.equal(start[name], tensor) for name, tensor in kept[0].reference.state_dict().items()), "the reference was trained"
+    assert all(torch.equal(before[name], tensor) for name, tensor in preference.model.state_dict().items()), "the preference model was trained"
+    assert any(not torch.equal(start[name], tensor) for name, tensor in policy.state_dict().items()), "the policy was not trained"
+    assert not any(module.training for model in (policy, kept[0].reference, preference.model, kept[0].value) for module in model.modules()), "dropout is on"
+
+
+def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
+    """One iteration, taken apart: every tensor that reaches GAE and the losses is computed here again from the models."""
+    for settings in ({}, {"kl_level": "sequence", "kl_estimator": "k3"}, {"kl_level": "batch", "whiten_scores": False}, {"whiten_advantages": False},
+                     {"dense_reward": True}, {"missing_eos_score": math.inf}, {"gamma": 0.9, "lam": 0.5, "kl_estimator": "k2"}):
+        seen = {"gae": [], "policy_loss": [], "value_loss": []}
+        with monkeypatch.context() as patch:
+            for name, calls in seen.items():
+                patch.setattr(rlaif, name, lambda *args, calls=calls, f=getattr(rlaif, name): (calls.append(args), f(*args))[1])
+            generated = []
+            patch.setattr(rlaif, "respond", lambda *args, f=rlaif.respond: (generated.append(f(*args)), generated[-1])[1])
+            policy, reference = gpt2(seed=0), gpt2(seed=1)
+            reference.save_pretrained(tmp_path / "reference")
+            letters().save_pretrained(tmp_path / "reference")
+            config = toy_config(tmp_path, iterations=1, ppo_epochs=1, beta=0.7, reference=str(tmp_path / "reference"), learning_rate=0.0, **settings)
+            (metrics,) = rlaif.train(config, score=count_a, gold=lambda p, r: [-x for x in count_a(p, r)], policy=policy, tokenizer=letters())
+        input_ids, attention, tokens, mask, texts, ended = generated[0]
+        assert 0 < ended.sum() < 8, "the example should hold responses with and without an EOS"
+        logprobs, ref, entropies = torch.zeros(mask.shape), torch.zeros(mask.shape), []
+        for b, t in mask.nonzero().tolist():
+            ids = torch.cat([input_ids[b][attention[b].bool()], tokens[b, :t]])[None]
+            dist, ref_dist = (torch.distributions.Categorical(logits=model(ids).logits[0, -1] / 0.7) for model in (policy, reference))
+            logprobs[b, t], ref[b, t] = dist.log_prob(tokens[b, t]), ref_dist.log_prob(tokens[b, t])
+            entropies.append(dist.entropy())
+        d = (logprobs - ref).detach()
+        raw = torch.tensor(count_a([], texts))
+        scores = raw.where(ended, torch.tensor(-1.0)) if config.missing_eos_score == -1 else raw
+        mean, std = (scores.mean(), scores.std(correction=0)) if config.whiten_scores else (0.0, 1.0)
+        kl = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[config.kl_estimator] * mask
+        expected, last = torch.zeros(mask.shape), mask.sum(1) - 1
+        for b in range(8):
+            for t in range(int(last[b]) + 1):
+                if config.dense_reward:
+                    prefix = [(count_a([], ["".join("abc?"[i] for i in tokens[b, :k + 1] if i < 3)])[0] - mean) / std for k in range(t + 1)]
+                    prefix[t] = (scores[b] - mean) / std if t == last[b] else prefix[t]
+                    expected[b, t] += prefix[t] - (prefix[t - 1] if t else 0.0)
+                elif t == last[b]:
+                    expected[b, t] += (scores[b] - mean) / std
+                if config.kl_level == "token":
+                    expected[b, t] -= 0.7 * kl[b, t]
+                elif t == last[b]:
+                    expected[b, t] -= 0.7 * (kl[b].sum() if config.kl_level == "sequence" else kl.sum() / 8)
+        rewards, values, its_mask, gamma, lam = seen["gae"][0]
+        close(rewards, expected, f"{settings}: the rewards are not score and KL as set", atol=1e-4)
+        assert torch.equal(its_mask, mask) and (values == 0).all() and (gamma, lam) == (config.gamma, config.lam)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        used = whiten(advantages, mask) if config.whiten_advantages else advantages
+        close(sorted(row.sum().item() for call in seen["policy_loss"] for row in call[2]), sorted(row.sum().item() for row in used),
+              f"{settings}: the policy loss sees other advantages", atol=1e-5)
+        close(sorted(row.sum().item() for call in seen["value_loss"] for row in call[2]), sorted(row.sum().item() for row in returns),
+              "the value loss must see the returns as they were before whitening", atol=1e-5)
+        close(metrics["score"], raw.mean(), "score is the mean of the raw scores", atol=1e-5)
+        close(metrics["gold"], -raw.mean(), "gold is the mean of the gold callable", atol=1e-5)
+        close(metrics["kl"], (d * mask).sum() / 8, "kl is the mean over responses of the summed k1", atol=1e-4)
+        close(metrics["objective"], raw.mean() - 0.7 * std * (d * mask).sum() / 8, "objective is score - beta sigma kl", atol=1e-4)
+        close(metrics["entropy"], sum(entropies) / len(entropies), "entropy is the mean over real tokens", atol=1e-4)
+        close(metrics["length"], mask.sum() / 8, "length counts real tokens", atol=1e-6)
+        close(metrics["eos_fraction"], ended.float().mean(), "eos_fraction", atol=1e-6)
+        real = returns[mask]
+        close(metrics["explained_variance"], 1 - real.var() / (real.var() + 1e-8), "explained variance of zero values is 0", atol=1e-5)
+
+
+def test_one_optimizer_step_for_each_minibatch_from_fresh_gradients(tmp_path, monkeypatch):
+    steps, zeroed, rates = [], [], []
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(self.param_groups[0]["lr"]), original(self))[1])
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, f=torch.optim.Optimizer.zero_grad: (zeroed.append(1), f(self))[1])
+    toy_train(tmp_path, batch_size=10, minibatch_size=4, ppo_epochs=3, iterations=2)
+    assert len(steps) == len(zeroed) == 2 * 3 * 3, "one optimizer step, and fresh gradients, per minibatch"
+    rates = [steps[0], steps[-1]]
+    assert rates == [1e-2, 0.5e-2], "the learning rate falls linearly to 0"
+
+
+def test_gradients_are_cut_to_max_grad_norm(tmp_path, monkeypatch):
+    norms = []
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (norms.append(torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]
+                                                                                    if p.grad is not None]).norm().item()), original(self))[1])
+    toy_train(tmp_path, max_grad_norm=0.01)
+    assert max(norms) <= 0.0101, "the gradient is longer than max_grad_norm"
+    _, metrics = toy_train(tmp_path, max_grad_norm=0.01, iterations=1)
+    assert metrics[0]["grad_norm"] > 0.011, "grad_norm is logged before clipping"
+
+
+def test_stop_kl_ends_an_iterations_updates(tmp_path, monkeypatch):
+    steps = []
+    original = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), original(self))[1])
+    toy_train(tmp_path, stop_kl=1e-6, iterations=2, ppo_epochs=4, batch_size=16)
+    assert len(steps) == 2, "the first step moves the policy beyond a tiny stop_kl, so the second must not come"
+    steps.clear()
+    toy_train(tmp_path, stop_kl=1e6, iterations=2, ppo_epochs=4, batch_size=16)
+    assert len(steps) == 2 * 4 * 4
+
+
+def test_the_entropy_bonus_raises_the_entropy(tmp_path):
+    without, with_bonus = (toy_train(tmp_path, entropy_coef=coef, iterations=12, beta=0.0)[1][-1]["entropy"] for coef in (0.0, 1.0))
+    assert with_bonus > without + 0.1, "the entropy bonus has the wrong sign or no effect"
+
+
+def test_the_value_function_learns_the_returns_and_leaves_the_policy_alone_when_separate(tmp_path):
+    for value in ("separate", "shared"):
+        policy = gpt2()
+        before = copy.deepcopy(policy.state_dict())
+        _, metrics = toy_train(tmp_path, score=lambda p, r: [2.0] * len(r), policy=policy, value=value, beta=0.0, lam=1.0, whiten_scores=False,
+                               missing_eos_score=math.inf, iterations=1, ppo_epochs=1, batch_size=64, minibatch_size=64, value_coef=1.0)
+        moved = any(not torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+        # every return is 2, so every whitened advantage is 0: only the value loss has a gradient. A zero head passes none on at first.
+        assert not moved, f"{value}: with constant returns and a zero head the policy must stay"
+        _, metrics = toy_train(tmp_path, score=lambda p, r: [2.0] * len(r), value=value, beta=0.0, lam=1.0, whiten_scores=False,
+                               missing_eos_score=math.inf, iterations=8, batch_size=16, minibatch_size=8, value_clip=math.inf, value_coef=1.0)
+        assert metrics[-1]["value_loss"] < 0.1 * metrics[0]["value_loss"], f"{value}: the values do not learn the returns"
+    policy = gpt2()
+    preference = rlaif.PreferenceModel(gpt2(seed=5, kind=GPT2ForSequenceClassification, num_labels=1), letters(), "{prompt}")
+    run = rlaif.prepare(toy_config(tmp_path, value="preference", value_head="random"), preference, None, policy, letters())
+    assert all(torch.equal(a, b) for a, b in zip(run.value.trunk.parameters(), preference.model.base_model.parameters())), "starts from the preference model"
+    assert run.value.trunk is not preference.model.base_model and run.value.head.weight.std() > 0.05
+    with pytest.raises(ValueError, match="tokenizer"):
+        rlaif.prepare(toy_config(tmp_path, value="preference"), count_a, None, policy, letters())
+
+
+def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
+    policy = gpt2()
+    policy.transformer.h[0].mlp.dropout = torch.nn.Dropout(0.5)
+    policy.transformer.h[0].mlp.dropout.eval = lambda: None
+    policy.transformer.h[0].mlp.dropout.train = lambda mode=True: policy.transformer.h[0].mlp.dropout  # eval mode does not reach it
+    with pytest.warns(UserWarning, match="the ratio is"):
+        toy_train(tmp_path, policy=policy, iterations=1)
+
+
+@pytest.mark.parametrize("control", ["fixed", "batch", "prompt"])
+def test_beta_is_kept_or_steered_for_the_batch_or_for_each_prompt(tmp_path, monkeypatch, control):
+    run = rlaif.prepare(toy_config(tmp_path, beta=0.5, beta_control=control, kl_target=1e-3, kl_horizon=100.0, iterations=4),
+                        count_a, None, gpt2(), letters())
+    monkeypatch.setattr(rlaif, "prepare", lambda *args: run)
+    expected = 0.5
+    for metrics in rlaif.train(run.config):
+        if control == "batch":
+            close(metrics["beta"], expected, "the beta of an iteration was set by the one before", atol=1e-6)
+            expected = update_beta(expected, metrics["kl"], 1e-3, 100.0, 8)
+        if control != "prompt":
+            close(run.beta, [expected] * 2, f"{control}: every prompt has the same beta")
+    if control == "prompt":  # 4 responses to each prompt an iteration; the first has no KL, the others far too much
+        close(run.beta, [0.5 * (1 - 0.2 * 4 / 100) * (1 + 0.2 * 4 / 100) ** 3] * 2, "each prompt's beta moves by its own responses")
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(tmp_path):
+    a, b, c = (toy_train(tmp_path, seed=seed)[1] for seed in (1, 1, 2))
+    assert same_but_for_timings(a, b), "a run is not reproducible"
+    assert not same_but_for_timings(a, c), "the seed changes nothing"
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta_control": "prompt", "value": "separate"}, {"beta_control": "batch", "value_head": "random"}])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, settings):
+    whole_policy, whole = toy_train(tmp_path, iterations=6, save_every=2, out=str(tmp_path / "whole"), **settings)
+    start = gpt2()
+    config = toy_config(tmp_path, iterations=6, save_every=2, out=str(tmp_path / "cut"), **settings)
+    for metrics in rlaif.train(config, score=count_a, policy=start, tokenizer=letters()):
+        if metrics["iteration"] == 5:
+            break  # iteration 5 came after the checkpoint of iteration 4, and is done again
+    policy = gpt2(seed=9)  # any weights: the checkpoint's go in
+    rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "cut")), score=count_a, policy=policy, tokenizer=letters()))
+    assert [m["iteration"] for m in rest] == [5, 6]
+    written = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert same_but_for_timings(written, whole) and same_but_for_timings(rest, whole[4:]), "resuming is not bit for bit"
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), whole_policy.parameters()))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "policy")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters())), "the saved folder is not the trained policy"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exact optimum
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("success,beta,expected", [(0.1, 0.1, (0.99959, 2.29809, 0.76978)), (0.1, 0.5, (0.45085, 0.40768, 0.24701)),
+                                                   (0.1, 1.0, (0.23197, 0.07340, 0.15857)), (0.1, 2.0, (0.15483, 0.01456, 0.12571))])
+def test_the_optimum_is_the_reference_tilted_by_the_reward(success, beta, expected):
+    ref, reward = torch.tensor([1 - success, success], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    best = (ref.log() + reward / beta).softmax(0)
+    kl = (best * (best / ref).log()).sum()
+    for found, number in zip((best @ reward, kl, best @ reward - beta * kl), expected):
+        assert abs(found - number) < 1e-5
+    close(best @ reward - beta * kl, beta * (ref.log() + reward / beta).logsumexp(0), "J* is beta log E_ref exp(r / beta)")
+
+
+EXACT = {"iterations": 150, "batch_size": 256, "minibatch_size": 128, "ppo_epochs": 2, "learning_rate": 3e-3}
+
+
+def exact_run(folder, beta, seed, **settings):
+    """Train a GPT-2 of 4 tokens on a random reward table, every response of which is enumerated.
+
+    -> (reward, KL) of the policy at its start, at its end, and of the exact optimum, means over two prompts."""
+    torch.manual_seed(seed)
+    table = {prompt: dict(zip(TEXTS, torch.randn(40, dtype=torch.float64).tolist())) for prompt in ("ab", "c")}
+    policy, prompt_ids = gpt2(seed=seed), {"ab": [0, 1], "c": [2]}
+
+    def logprobs():
+        with torch.no_grad():
+            return torch.stack([enumerate_logprobs(policy, ids).sum(1) for ids in prompt_ids.values()])  # (2, 40)
+
+    def reward_and_kl(new):
+        return (new.exp() * rewards).sum(1).mean().item(), (new.exp() * (new - ref)).sum(1).mean().item()
+    rewards, ref = torch.tensor([list(row.values()) for row in table.values()], dtype=torch.float64), logprobs()
+    toy_train(folder, score=lambda prompts, texts: [table[p][t] for p, t in zip(prompts, texts)], policy=policy, beta=beta, seed=seed,
+              whiten_scores=False, missing_eos_score=math.inf, **settings)
+    return reward_and_kl(ref), reward_and_kl(logprobs()), reward_and_kl((ref + rewards / beta).log_softmax(1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("beta,share", [(0.3, 0.85), (1.0, 0.99), (3.0, 0.99)])
+def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(tmp_path, beta, share, seed):
+    """The whole loop against a number: J* = beta log E_ref exp(r / beta). It fails for a wrong sign or weight, a temperature
+    missing on one side, an EOS left out or a leak of padding anywhere."""
+    start, end, best = (reward - beta * kl for reward, kl in exact_run(tmp_path, beta, seed, **EXACT))
+    assert end <= best + 1e-5, "no policy can pass the optimum: the objective or the enumeration is wrong"
+    assert end - start >= share * (best - start), f"only {(end - start) / (best - start):.1%} of the gap to the optimum is closed"
+
+
+def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
+    policy, tokenizer = rlaif.load(AutoModelForCausalLM, str(HERE / "tiny_models/policy"), "policy", "cpu")
+    config = rlaif.Config(policy=str(HERE / "tiny_models/policy"), preference=str(HERE / "tiny_models/preference"), device="cpu",
+                          prompts=str(HERE / "tiny_models/prompts.txt"), eval_prompts=str(HERE / "tiny_models/heldout_prompts.txt"),
+                          iterations=8, learning_rate=2e-4, eval_samples=8)
+    preference = rlaif.load_preference(config, "cpu")
+    measured = {"config": config, "reference": copy.deepcopy(policy), "tokenizer": tokenizer, "prompts": world.HELDOUT_PROMPTS,
+                "score": preference, "gold": world.gold_scores, "fluent": world.is_fluent}
+    before, rows = rlaif.evaluate(policy=policy, **measured)
+    assert abs(before["score"]) < 0.3 and before["fluency"] > 0.95 and before["eos_fraction"] > 0.98 and abs(before["kl"]) < 1e-6, before
+    assert all(world.gold_score(prompt, response) == gold for prompt, response, _, gold, _ in rows)
+    for metrics in rlaif.train(config, gold=world.gold_scores, policy=policy, tokenizer=tokenizer):
+        assert abs(metrics["ratio"] - 1) < 0.1 and 0 < metrics["distinct"] <= 1
+    after, _ = rlaif.evaluate(policy=policy, **measured)
+    assert after["score"] > before["score"] + 0.4 and after["gold"] > before["gold"] + 0.5, f"{before} -> {after}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny world
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(world.PROMPTS + world.HELDOUT_PROMPTS), st.integers(0, 2**31))
+def test_the_grammar_writes_fluent_replies_and_none_beats_the_best(prompt, seed):
+    reply = world.sample_reply(prompt, random.Random(seed))
+    assert world.is_fluent(reply) and world.is_fluent(world.best_reply(prompt)) and not world.is_fluent("") and not world.is_fluent(reply + " take")
+    assert world.gold_score(prompt, reply) <= world.gold_score(prompt, world.best_reply(prompt)) == 3
+    assert world.gold_score(prompt, reply + " " + " ".join(["take"] * 9)) < world.gold_score(prompt, reply), "babble must cost something"
+
+
+@given(st.text(max_size=40))
+def test_the_shared_tokenizer_reads_any_text_and_writes_it_back(text):
+    tokenizer = rlaif.load_tokenizer(str(HERE / "tiny_models/policy"), "policy")
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+    assert len(tokenizer) <= 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The edge: what users bring, and what goes wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_pair(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run_main(capsys, *argv):
+    code = rlaif.main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2, "--batch_size", 4, "--minibatch_size", 2,
+             "--eval_samples", 1, "--device", "cpu"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_architecture
+def test_any_policy_with_any_preference_model_and_its_own_tokenizer(architecture, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = save_pair(tmp_path / "policy", ARCHITECTURES[architecture]().bfloat16(), letters())
+    torch.manual_seed(1)
+    if architecture in ("GPT-2", "Llama"):
+        scorer = gpt2(6, kind=GPT2ForSequenceClassification, num_labels=1)
+    else:
+        scorer = modern(Qwen2Config, Qwen2ForSequenceClassification, num_labels=1).eval()
+        scorer.resize_token_embeddings(6)
+    preference = save_pair(tmp_path / "preference", scorer, letters("xcbay", pad_token="x"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c", "other": 1}\n')
+    code, out, err = run_main(capsys, "--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS)
+    assert code == 0, err
+    assert "before" in out and "episodes per second" in out
+    run = tmp_path / "runs" / "seed-0"
+    names = {path.name for path in run.iterdir()}
+    assert {"policy", "config.json", "metrics.jsonl", "samples.md", "value.safetensors", "checkpoint.pt"} <= names
+    AutoModelForCausalLM.from_pretrained(run / "policy")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    code, _, err = run_main(capsys, "--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS)
+    assert code == 2 and "already holds a run" in err
+
+
+def test_the_whole_pipeline_from_a_judge(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    judge = save_pair(tmp_path / "judge", *random_judge())
+    policy = save_pair(tmp_path / "policy", gpt2(), letters())
+    (tmp_path / "p.txt").write_text("ab\nc\n")
+    (tmp_path / "constitution.txt").write_text("Choose the kinder response.\n")
+    code, out, err = run_main(capsys, "--policy", policy, "--judge", judge, "--prompts", "p.txt", "--constitution", "constitution.txt", "--pairs", 40,
+                              "--preference_epochs", 1, *TOY_FLAGS)
+    assert code == 0, err
+    assert "agrees with the judge on" in out
+    preference = rlaif.load_preference(rlaif.Config(preference="runs/seed-0/preference"), "cpu")
+    assert len(preference(["ab"], ["a"])) == 1
+    code, _, err = run_main(capsys, "--resume", "runs/seed-0")
+    assert code == 0, err
+
+
+BAD_FLAGS = {
+    ("--beta", -0.1): "beta must be 0 or more",
+    ("--beta", "nan"): "beta must be a finite number",
+    ("--minibatch_size", 5): "minibatch_size 5 is larger than batch_size 4",
+    ("--kl_level", "word"): "kl_level",
+    ("--iterations", 0): "iterations must be at least 1",
+    ("--temperature", 0): "temperature must be greater than 0",
+    ("--gamma", 1.5): "gamma must be at most 1",
+    ("--template", "no place"): "template must hold {prompt} once",
+    ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
+    ("--prompts", "empty.txt"): "prompts empty.txt is empty",
+    ("--prompts", "blank.txt"): "blank.txt, line 2",
+    ("--prompts", "latin.txt"): "latin.txt, line 2: not UTF-8",
+    ("--prompts", "long.txt"): "long.txt, line 2: 15 tokens of prompt and 3 of response are longer than the policy's context of 16",
+    ("--prompts", "other.txt"): "other.txt, line 1: the policy's tokenizer has no tokens",
+    ("--prompts", "broken.jsonl"): "broken.jsonl, line 2",
+    ("--policy", "./nowhere"): "there is no folder",
+    ("--preference", "policy"): "preference: ",
+    ("--preference", "two"): "has 2 outputs, needs exactly one",
+    ("--preference", "truncated"): "preference: cannot load a model from",
+    ("--preference", "pickled"): "preference: cannot load a model from",
+    ("--policy", "narrow"): "the tokenizer does not fit the model",
+    ("--gold", "nowhere:f"): "gold: cannot import",
+    ("--gold", "no_colon"): "gold: cannot import",
+    ("--device", "abacus"): "device: 'abacus'",
+    ("--resume", "nowhere"): "resume: ",
+    ("--no_such_flag", 1): "no_such_flag",
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A folder with good and bad models and files."""
+    folder = tmp_path_factory.mktemp("bench")
+    save_pair(folder / "policy", gpt2(), letters())
+    save_pair(folder / "preference", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    save_pair(folder / "two", gpt2(kind=GPT2ForSequenceClassification, num_labels=2), letters())
+    save_pair(folder / "narrow", gpt2(), letters("abcdefgh"))
+    save_pair(folder / "truncated", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    save_pair(folder / "pickled", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    torch.save({}, folder / "pickled" / "pytorch_model.bin")
+    (folder / "pickled" / "model.safetensors").unlink()
+    for name, data in {"p.txt": b"ab\nc\n", "empty.txt": b"", "blank.txt": b"ab\n \nc", "latin.txt": "a\né".encode("latin-1"), "other.txt": "ж".encode(),
+                       "long.txt": b"ab\n" + b"a" * 15, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n'}.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flag", BAD_FLAGS, ids=lambda flag: " ".join(map(str, flag)))
+def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(flag, bench, capsys, monkeypatch):
+    monkeypatch.chdir(bench)
+    code, out, err = run_main(capsys, "--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, *flag)
+    message = [line for line in err.splitlines() if line.startswith("rlaif: ")]
+    assert code == 2 and len(message) == 1 and BAD_FLAGS[flag] in message[0], err
+    assert not (bench / "runs").exists(), "nothing may be written before the settings are known to be good"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_or_losses_that_stop_being_finite_stop_the_run_and_name_the_iteration(tmp_path, bad):
+    calls = []
+
+    def score(prompts, responses):
+        calls.append(1)
+        return [bad if len(calls) == 3 else 1.0] * len(responses)
+    with pytest.raises(FloatingPointError, match="iteration 3.*score.*checkpoint in .* is good"):
+        toy_train(tmp_path, score=score, out=str(tmp_path / "run"), save_every=1)
+    policy = gpt2()
+    with pytest.raises(FloatingPointError, match="iteration 1: the loss"):
+        toy_train(tmp_path, score=lambda p, r: [3e38] * (len(r) - 1) + [-3e38], policy=policy, whiten_scores=False, whiten_advantages=False)
+    assert all(torch.isfinite(p).all() for p in policy.parameters()), "a step was taken on a loss that is not finite"
+    with pytest.raises(ValueError, match="one number for each"):
+        toy_train(tmp_path, score=lambda p, r: [1.0])
+
+
+@given(st.binary(max_size=60), st.sampled_from([".txt", ".jsonl"]))
+def test_any_bytes_as_a_prompts_file_give_prompts_or_a_value_error(tmp_path, data, ending):
+    path = tmp_path / f"prompts{ending}"
+    path.write_bytes(data)
+    try:
+        prompts = rlaif.read_prompts(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert prompts and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+
+
+@given(st.sampled_from([f.name for f in dataclasses.fields(rlaif.Config)]), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9)))
+def test_any_value_of_any_setting_is_accepted_or_a_value_error_that_names_it(name, value):
+    try:
+        rlaif.check_config(dataclasses.replace(rlaif.Config(), **{name: value}))
+    except ValueError as error:
+        assert name in str(error)
+
+
+@given(st.lists(st.text(max_size=8), max_size=3), st.sampled_from([f.name for f in dataclasses.fields(rlaif.Config)]))
+def test_any_command_line_parses_or_is_a_value_error(words, name):
+    try:
+        assert isinstance(rlaif.parse([f"--{name}", *words]), rlaif.Config)
+    except ValueError as error:
+        assert str(error)
+    except SystemExit as stop:
+        assert stop.code == 0, "only --help leaves"
+
+
+def test_resuming_with_other_settings_says_which_changed(tmp_path, capsys):
+    toy_train(tmp_path, out=str(tmp_path / "run"), beta=0.5, save_every=1)
+    with pytest.raises(ValueError, match=r"beta \(was 0.5, now 0.7\)"):
+        next(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"), beta=0.7)))
+    code, _, err = run_main(capsys, "--resume", tmp_path / "run", "--beta", rlaif.Config().beta)
+    assert code == 2 and "beta (was 0.5" in err, "a default given by hand is a change too"
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="checkpoint.pt"):
+        next(rlaif.train(rlaif.Config(resume=str(tmp_path / "run")), score=count_a, policy=gpt2(), tokenizer=letters()))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    rlaif.write(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space"):
+        rlaif.write(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_path):
+    save_pair(tmp_path / "policy", gpt2(), letters())
+    (tmp_path / "p.txt").write_text("\n".join(["a", "b", "c"] * 7))
+    (tmp_path / "e.txt").write_text("cc\n")
+    config = rlaif.check_config(rlaif.Config(prompts=str(tmp_path / "p.txt"), policy=str(tmp_path / "policy"), max_new_tokens=1, template="{prompt}"))
+    assert config.gold is None and config.eval_prompts is None, "the tiny world's truth and prompts go with its own prompts only"
+    _, _, prompts, held = rlaif.load_policy_and_prompts(config, "cpu")
+    assert len(prompts) == 19 and held == ["a", "b"]
+    _, _, prompts, held = rlaif.load_policy_and_prompts(dataclasses.replace(config, eval_prompts=str(tmp_path / "e.txt")), "cpu")
+    assert len(prompts) == 21 and held == ["cc"]
+
+
+def test_a_tokenizer_that_adds_bos_and_eos_by_itself(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = letters()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="a $A <eos>", special_tokens=[("a", 0), ("<eos>", 3)])
+    assert tokenizer("bc").input_ids == [0, 1, 2, 3]
+    assert rlaif.tokenize(tokenizer, ["bc", "c"]) == [[0, 1, 2], [0, 2]], "BOS stays, EOS goes: the text goes on"
+
+
+def test_a_response_is_cut_from_the_whole_text_with_its_first_space():
+    tokenizer = Tokenizer(models.BPE({"▁a": 0, "▁b": 1, "<eos>": 2}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    assert tokenizer.decode([1, 1]) == "b b", "this tokenizer drops the first space"
+    assert rlaif.decode(tokenizer, [[0]], [[1, 1, 2]]) == [" b b"]
+
+
+def test_pasted_into_a_notebook_everything_is_defined_and_nothing_starts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernel", "-f", "connection.json"])
+    cell = {"__name__": "__main__"}
+    monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
+    exec(compile((HERE / "rlaif.py").read_text(), "<cell>", "exec"), cell)
+    assert cell["Config"]().iterations == rlaif.Config().iterations and callable(cell["train"])
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "kl_estimate", "masked_mean", "whiten", "shape_rewards", "dense_scores", "gae", "policy_loss",
+                                  "value_loss", "preference_loss", "update_beta", "generate"])
+def test_each_public_function_runs_when_copied_alone(name):
+    import inspect
+    alone = {"torch": torch, "logsigmoid": torch.nn.functional.logsigmoid}
+    exec(inspect.getsource(getattr(rlaif, name)), alone)
+    one, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    calls = {"token_logprobs": (torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)), "kl_estimate": (one, one), "masked_mean": (one, mask),
+             "whiten": (one, mask), "shape_rewards": (one[:, 0], one, mask, 0.1), "dense_scores": (one, mask), "gae": (one, one, mask),
+             "policy_loss": (one, one, one, mask), "value_loss": (one, one, one, mask), "preference_loss": (one, one, one),
+             "update_beta": (0.1, 1.0, 1.0, 10, 1), "generate": (gpt2(), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long), 2, None, 0)}
+    assert alone[name](*calls[name]) is not None
+    assert alone[name].__doc__
+
+
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, capsys, monkeypatch):
+    """kill -9, or SIGTERM, in the middle of a run of the command line, then --resume."""
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path / "policy", gpt2(), letters())
+    save_pair(tmp_path / "preference", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    (tmp_path / "p.txt").write_text("ab\nc\n")
+    flags = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, "--iterations", 150, "--save_every", 1]
+    processes = {stop: subprocess.Popen([sys.executable, str(HERE / "rlaif.py"), *map(str, flags), "--out", stop.name], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.PIPE) for stop in (signal.SIGKILL, signal.SIGTERM)}
+    runs = []
+    for stop, process in processes.items():
+        metrics = tmp_path / stop.name / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (130 if stop == signal.SIGTERM else -stop), err
+        assert b"Traceback" not in err and (stop == signal.SIGKILL or b"--resume SIGTERM" in err)
+        assert metrics.read_text().count("\n") < 150, "the run was over before it was stopped"
+        code, _, err = run_main(capsys, "--resume", stop.name)
+        assert code == 0, err
+        runs.append([json.loads(line) for line in metrics.read_text().splitlines()])
+    assert len(runs[0]) == 150 and same_but_for_timings(*runs), "two runs, stopped at different places and resumed, must agree"
