@@ -12,7 +12,7 @@
     |   the preference model scores every response .................................. 5  PreferenceModel
     |       |
     |       v
-    |   log pi(y_t) - log pi_ref(y_t) for every token: how far it has drifted ....... 6  token_logprobs, kl_estimate
+    |   log pi(y_t) - log pi_ref(y_t) for every token: how far it has drifted ....... 6  kl_estimate
     |       |
     |       v
     |   reward of each token = -beta * KL, and the whitened score on the last ....... 7  whiten, shape_rewards
@@ -21,15 +21,15 @@
     |   advantage of each token: how much better it went than the value expected .... 8  gae
     |       |
     |       v
-    +-- a few epochs of clipped updates of the policy and its value function ........ 9  policy_loss, value_loss
+    +-- epochs of clipped updates of the policy and its value function ........... 9  policy_loss, value_loss
 
 `train` (section 10) is the lower half of this drawing, line by line. What it maximises over the policy pi is
 
     J(pi) = E_{x, y ~ pi} [ r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
 
-One letter per tensor axis, everywhere: B batch, T response (padded on the right), P prompt (padded on the left),
-V vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is made from lengths:
-whether a token is padding is never read off its id.
+One letter per tensor axis, everywhere: B batch, T response (padded on the right), P prompt (padded on the
+left), V vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is
+made from lengths: whether a token is padding is never read off its id.
 
     python rlaif.py                               PPO on the three tiny models beside this file, in a minute
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
@@ -37,7 +37,6 @@ whether a token is padding is never read off its id.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import importlib
@@ -60,9 +59,9 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 0. Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def option(default, help):
@@ -72,49 +71,48 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Every setting of a run. Sources: Lee = arXiv 2309.00267 (RLAIF), CAI = 2212.08073, Stiennon = 2009.01325,
-    InstructGPT = 2203.02155, OAI = openai/lm-human-preferences, N+ = 2403.17031, PPO = 1707.06347, GAE = 1506.02438."""
+    """Every setting of a run. Sources: Lee = arXiv 2309.00267 (RLAIF), CAI = 2212.08073, Stiennon =
+    2009.01325, InstructGPT = 2203.02155, OAI = openai/lm-human-preferences, N+ = 2403.17031, PPO =
+    1707.06347, GAE = 1506.02438."""
 
     # the models and the data
     policy: str = option("tiny_models/policy", "causal language model to train: a folder or a hub name")
-    reference: str | None = option(None, "pi_ref, kept frozen: a folder or a hub name; default: the policy as it starts")
+    reference: str | None = option(None, "pi_ref, frozen: a folder or hub name; default: the policy itself")
     preference: str = option("tiny_models/preference", "one-output sequence classifier that gives the score")
-    judge: str | None = option(None, "causal language model that labels pairs; a new preference model is fitted to its labels")
-    constitution: str | None = option(None, "file of principles for the judge, one a line; default: CONSTITUTION in rlaif.py")
-    prompts: str = option("tiny_models/prompts.txt", 'prompts to train on: one a line, or JSON lines with a "prompt"')
-    eval_prompts: str | None = option(None, "held-out prompts of the before/after table; default: the tiny world's, or a "
-                                            "tenth of your own prompts")
+    judge: str | None = option(None, "causal language model whose labels a new preference model is fitted to")
+    constitution: str | None = option(None, "file of principles, one a line; default: CONSTITUTION")
+    prompts: str = option("tiny_models/prompts.txt", 'prompts: one a line, or JSON lines with a "prompt"')
+    eval_prompts: str | None = option(None, "held-out prompts; default: the tiny world's, or a tenth")
     template: str = option("User: {prompt}\nAssistant:", "how a prompt becomes the model's input")
-    gold: str | None = option(None, "module:function, a ground truth to log and never train on; default: the tiny world's "
-                                    "with its own prompts, else none")
-    out: str | None = option(None, "folder of the run; default: runs/seed-N on the command line, nothing written in Python")
+    gold: str | None = option(None, "module:function: a truth, logged only; default: the tiny world's")
+    out: str | None = option(None, "folder of the run; default: runs/seed-N, in Python nothing is written")
     # AI feedback
-    pairs: int = option(4096, "pairs of replies that the judge compares")
-    preference_epochs: int = option(4, "passes over the labelled pairs")
-    preference_learning_rate: float = option(1e-3, "Adam's step size at the start of the preference model's training")
+    pairs: int = option(8192, "pairs of replies that the judge compares")
+    preference_epochs: int = option(3, "passes over the labelled pairs")
+    preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
     # the rollout
     iterations: int = option(60, "rounds of generate, score and update")
     batch_size: int = option(64, "responses per iteration")
     minibatch_size: int = option(16, "responses per optimizer step")
     ppo_epochs: int = option(4, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
     max_new_tokens: int = option(28, "tokens of a response at most")
-    temperature: float = option(1.0, "softmax temperature of every log-probability, policy's and reference's (1: InstructGPT)")
+    temperature: float = option(1.0, "of every softmax, the policy's and the reference's (1: InstructGPT)")
     # the reward
-    beta: float = option(0.3, "price of one nat of KL, in stds of the score if those are whitened, else in points")
-    kl_level: Literal["token", "sequence", "batch"] = option("token", "what the KL is charged to: each token, each response's "
-                                                                      "last token, or the batch mean to every last token")
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL that is charged (Schulman 2020)")
-    beta_control: Literal["fixed", "batch", "prompt"] = option("fixed", "keep beta, steer one towards kl_target, or steer one "
-                                                                        "for each prompt (OAI)")
+    beta: float = option(0.3, "price of a nat of KL, in stds of the score if whitened, else in points")
+    kl_level: Literal["token", "sequence", "batch"] = option(
+        "token", "each token pays its own KL, each last token its response's, or each the batch's mean")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman 2020)")
+    beta_control: Literal["fixed", "batch", "prompt"] = option(
+        "fixed", "keep beta, steer one towards kl_target (OAI), or steer one for each prompt")
     kl_target: float = option(3.0, "nats per response that a steered beta aims at (6: OAI)")
-    kl_horizon: float | None = option(None, "responses over which a steered beta moves; default: 500 for the batch's, 20 for "
-                                            "a prompt's own (10000: OAI)")
-    whiten_scores: bool = option(True, "bring each batch's scores to mean 0 and std 1 before the KL is charged")
+    kl_horizon: float | None = option(
+        None, "responses over which beta moves (10000: OAI); default: 500, or 20 for a prompt's own")
+    whiten_scores: bool = option(True, "bring each batch's scores to mean 0 and std 1, before the KL")
     dense_reward: bool = option(False, "score every prefix and spread the score over the tokens")
     missing_eos_score: float = option(-1.0, "score of a response that did not end; inf: off (-1: N+)")
     # the advantage
-    value: Literal["shared", "separate", "preference"] = option("shared", "what the value head reads: the policy's own trunk, "
-                                                                "a copy of it, or a copy of the preference model's (N+)")
+    value: Literal["shared", "separate", "preference"] = option(
+        "shared", "trunk of the value head: the policy's, a copy of it, or of the preference model's (N+)")
     value_head: Literal["zero", "random"] = option("zero", "how the value head starts (zero: OAI)")
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.95, "lambda of GAE: 0 trusts the values, 1 the returns")
@@ -124,22 +122,22 @@ class Config:
     value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat")
-    stop_kl: float = option(math.inf, "nats per token of approximate KL old -> new that end an iteration's updates; inf: off")
+    stop_kl: float = option(math.inf, "nats per token, old to new, that end an iteration's updates; inf: off")
     learning_rate: float = option(1e-4, "Adam's step size at the start; falls linearly to 0")
+    adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(1.0, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
     device: str = option("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "arithmetic inside the models; log-probabilities and losses are "
-                                                              "float32 in any case")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "inside the models; losses are float32 anyway")
     eval_samples: int = option(16, "replies to each held-out prompt in the before/after summary")
     save_every: int = option(10, "iterations between checkpoints")
     resume: str | None = option(None, "folder of a run to go on with, bit for bit")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. AI feedback: a judge compares two responses
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CONSTITUTION = [
     "Choose the kinder response.",
@@ -152,64 +150,74 @@ JUDGE_QUESTION = "{principle}\nUser: {prompt}\n(A) {a}\n(B) {b}\nThe better resp
 
 @torch.no_grad()
 def ask_judge(judge, tokenizer, questions):
-    """The probability that a judge answers A rather than B to each question (list of N str) -> (N,), in [0, 1].
+    """The probability that a judge answers A rather than B to each question (list of N str) -> (N,), in [0,
+    1].
 
-    Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so that it does
-    not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is asked in its own format.
+    Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
+    that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
+    asked in its own format.
     """
     if tokenizer.chat_template:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                                    add_generation_prompt=True) for question in questions]
     answers = ["A", "B"] if tokenizer.chat_template else [" A", " B"]
     special = not tokenizer.chat_template  # a chat template writes its own BOS
-    rows = []  # the tokens before the two answers part, and the first token of either that differs
-    for a, b in zip(*(tokenizer([q + answer for q in questions], add_special_tokens=special).input_ids for answer in answers)):
+    with_a, with_b = (tokenizer([question + answer for question in questions],
+                                add_special_tokens=special).input_ids for answer in answers)
+    rows, pairs = [], []  # the tokens before the two answers part, and the first token of either that differs
+    for a, b in zip(with_a, with_b):
         at = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-        rows.append((a[:at], a[at], b[at]))
+        rows.append(a[:at])
+        pairs.append((a[at], b[at]))
     prob_a = torch.empty(len(rows))
-    for chunk in chunks_of_like_length([row for row, _, _ in rows]):
-        ids, attention_mask = pad([rows[i][0] for i in chunk], "left", judge.device)
-        logits = judge(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
-                       use_cache=False, logits_to_keep=1).logits[:, -1]
-        pair = torch.tensor([rows[i][1:] for i in chunk], device=judge.device)
-        prob_a[chunk] = logits.float().gather(1, pair).softmax(1)[:, 0].cpu()
+    for chunk in chunks_of_like_length(rows):
+        ids, mask = pad([rows[i] for i in chunk], "left", judge.device)  # (n, L)
+        logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
+                       logits_to_keep=1).logits[:, -1].float()  # (n, V)
+        pair = torch.tensor([pairs[i] for i in chunk], device=judge.device)  # (n, 2)
+        prob_a[chunk] = logits.gather(1, pair).softmax(dim=1)[:, 0].cpu()
     return prob_a
 
 
 def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_b, both_orders=True):
     """Soft labels for N pairs of responses: the probability that a is the better one -> (N,), in [0, 1].
 
-    One principle is drawn per comparison (CAI 4.1) and serves both orders: the judge is asked about (a, b) and about (b, a),
-    and the two answers are averaged, because small judges favour a position (Lee 2.1.1). The labels stay soft (CAI 4.3).
+    One principle is drawn per comparison (CAI 4.1) and serves both orders: the judge is asked about (a, b)
+    and about (b, a), and the two answers are averaged, because small judges favour a position (Lee 2.1.1).
+    The labels stay soft (CAI 4.3).
     """
-    drawn = [constitution[i] for i in torch.randint(len(constitution), (len(prompts),)).tolist()]
-    triples = list(zip(drawn, prompts, responses_a, responses_b, strict=True))
+    principles = [constitution[i] for i in torch.randint(len(constitution), (len(prompts),)).tolist()]
 
-    def ask(swap):
-        return ask_judge(judge, tokenizer, [JUDGE_QUESTION.format(principle=principle, prompt=prompt, a=(b if swap else a).strip(),
-                                                                  b=(a if swap else b).strip()) for principle, prompt, a, b in triples])
-    return (ask(swap=False) + 1 - ask(swap=True)) / 2 if both_orders else ask(swap=False)
+    def prob_first(first, second):
+        return ask_judge(judge, tokenizer, [
+            JUDGE_QUESTION.format(principle=principle, prompt=prompt, a=a.strip(), b=b.strip())
+            for principle, prompt, a, b in zip(principles, prompts, first, second, strict=True)])
+    prob_a = prob_first(responses_a, responses_b)
+    return (prob_a + 1 - prob_first(responses_b, responses_a)) / 2 if both_orders else prob_a
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. The preference model: a score for any text
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def preference_loss(scores_a, scores_b, prob_a):
     """Bradley-Terry on soft labels: scores (N,), (N,) and labels in [0, 1] (N,) -> scalar, in nats.
 
-    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1). Its floor is the entropy of the labels.
+    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1). Its floor is the entropy of
+    the labels.
     """
     difference = scores_a - scores_b
     return -(prob_a * logsigmoid(difference) + (1 - prob_a) * logsigmoid(-difference)).mean()
 
 
 class PreferenceModel:
-    """r(x, y): a sequence classifier with one output reads template + response as text, so its tokenizer may be any.
+    """r(x, y): a sequence classifier with one output reads template + response as text, so its tokenizer may
+    be any.
 
-    Called with lists of N prompts and N responses, it returns a list of N floats: the score callable of `train`. `ended`
-    says which responses ended with an EOS of the policy's; those get the preference model's own EOS at their end.
+    Called with lists of N prompts and N responses, it returns a list of N floats: the score callable of
+    `train`. `ended` says which responses ended with an EOS of the policy's; those get the preference model's
+    own EOS at their end.
     """
 
     def __init__(self, model, tokenizer, template):
@@ -217,17 +225,19 @@ class PreferenceModel:
 
     def tokenize(self, prompts, responses, ended):
         """Texts as lists of token ids, each with this model's EOS if, and only if, its response ended."""
-        texts = [self.template.format(prompt=prompt) + response for prompt, response in zip(prompts, responses, strict=True)]
+        texts = [self.template.format(prompt=x) + y for x, y in zip(prompts, responses, strict=True)]
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return [ids + eos * bool(end) for ids, end in zip(tokenize(self.tokenizer, texts), ended, strict=True)]
+        rows = tokenize(self.tokenizer, texts)
+        return [row + eos * bool(end) for row, end in zip(rows, ended, strict=True)]
 
     def scores(self, rows):
-        """Scores of N lists of token ids -> (N,) with gradient: the head at the last real token, known from the lengths."""
-        ids, attention_mask = pad(rows, "right", self.model.device)  # (N, L)
+        """Scores of N lists of token ids -> (N,) with gradient: the head at the last real token, known from
+        the lengths."""
+        ids, mask = pad(rows, "right", self.model.device)  # (N, L)
         if not hasattr(self.model, "score"):  # an encoder, which pools by itself and looks at the mask
-            return self.model(input_ids=ids, attention_mask=attention_mask).logits[:, 0].float()
-        hidden = self.model.base_model(input_ids=ids, attention_mask=attention_mask).last_hidden_state  # (N, L, D)
-        last = attention_mask.sum(1) - 1
+            return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # (N, L, D)
+        last = mask.sum(dim=1) - 1  # (N,)
         return self.model.score(hidden[torch.arange(len(rows), device=last.device), last])[:, 0].float()
 
     @torch.no_grad()
@@ -240,7 +250,8 @@ class PreferenceModel:
 
 
 def new_preference_model(policy, tokenizer, template):
-    """A preference model that starts from the policy's trunk, with a fresh head: normal, std 1/sqrt(D + 1) (N+)."""
+    """A preference model that starts from the policy's trunk, with a fresh head: normal, std 1/sqrt(D + 1)
+    (N+)."""
     config = copy.deepcopy(policy.config)
     config.num_labels, config.architectures = 1, None
     model = AutoModelForSequenceClassification.from_config(config)
@@ -249,12 +260,15 @@ def new_preference_model(policy, tokenizer, template):
     return PreferenceModel(model.to(policy.device).eval(), tokenizer, template)
 
 
-def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=4, minibatch_size=64, learning_rate=1e-3):
-    """Fit a preference model, in place, to labels (N,) on pairs of samples; a sample is (list of N responses, list of ended).
+def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
+                   learning_rate=1e-3):
+    """Fit a preference model, in place, to labels (N,) on pairs of samples; a sample is (list of N responses,
+    list of ended).
 
-    The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have std 1; their mean
-    is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees differences. Returns a dict:
-    `accuracy` and `loss` on the held-out pairs, `train_loss`, and `floor`, the entropy of the labels in nats.
+    The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
+    std 1; their mean is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees
+    differences. Returns a dict: `accuracy` and `loss` on the held-out pairs, `train_loss`, and `floor`, the
+    entropy of the labels in nats.
     """
     rows_a, rows_b = preference.tokenize(prompts, *samples_a), preference.tokenize(prompts, *samples_b)
     prob_a = prob_a.to(preference.model.device)
@@ -276,7 +290,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=4, 
     a, b = (torch.tensor(preference(prompts, *samples)) for samples in (samples_a, samples_b))
     p = prob_a.cpu()
     report = {
-        "accuracy": ((a > b) == (p > 0.5))[held][p[held] != 0.5].float().mean().item(),
+        "accuracy": ((a > b) == (p > 0.5))[held][(p[held] - 0.5).abs() > 0.25].float().mean().item(),
         "loss": preference_loss(a[held], b[held], p[held]).item(),
         "train_loss": sum(losses[-len(losses) // epochs:]) / len(losses[-len(losses) // epochs:]),
         "floor": torch.distributions.Bernoulli(p).entropy().mean().item(),
@@ -287,9 +301,11 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=4, 
 
 
 def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, constitution, prompts):
-    """The AI half of RLAIF: the policy samples pairs, the judge labels them, a new preference model learns the labels.
+    """The AI half of RLAIF: the policy samples pairs, the judge labels them, a new preference model learns
+    the labels.
 
-    Returns the PreferenceModel and a dict of what happened: the pairs, their labels and the report of `fit_preference`.
+    Returns the PreferenceModel and a dict of what happened: the pairs, their labels and the report of
+    `fit_preference`.
     """
     prompts = [prompts[i] for i in balanced_draw(len(prompts), config.pairs)]
     samples = []
@@ -300,23 +316,25 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             _, _, tokens, mask, texts, ends = respond(policy, tokenizer, batch, config)
             responses, ended = responses + texts, ended + ends.tolist()
         samples.append((responses, ended))
-    chunks = range(0, len(prompts), 256)
-    prob_a = torch.cat([judge_pairs(judge, judge_tokenizer, constitution, prompts[i:i + 256], samples[0][0][i:i + 256],
-                                    samples[1][0][i:i + 256]) for i in tqdm(chunks, desc="judging pairs", unit="batch")])
+    (a, _), (b, _) = samples
+    parts = [slice(start, start + 256) for start in range(0, len(prompts), 256)]
+    prob_a = torch.cat([judge_pairs(judge, judge_tokenizer, constitution, prompts[part], a[part], b[part])
+                        for part in tqdm(parts, desc="judging pairs", unit="batch")])
     preference = new_preference_model(policy, tokenizer, config.template)
     report = fit_preference(preference, prompts, *samples, prob_a, config.preference_epochs,
                             learning_rate=config.preference_learning_rate)
     return preference, {"prompts": prompts, "samples": samples, "prob_a": prob_a, **report}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. The policy with its value function
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class ValueFunction(nn.Module):
-    """V(x, y_<t): what the policy can expect from here on. One linear head on D hidden units, of the policy's own trunk
-    (`trunk` None: shared) or of a separate one that reads the same tokens. A zero head starts every value at 0 (OAI)."""
+    """V(x, y_<t): what the policy can expect from here on. One linear head on D hidden units, of the policy's
+    own trunk (`trunk` None: shared) or of a separate one that reads the same tokens. A zero head starts every
+    value at 0 (OAI)."""
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
         super().__init__()
@@ -332,7 +350,8 @@ class ValueFunction(nn.Module):
 
 
 def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None):
-    """One forward pass over prompts (B, P) and responses (B, T) -> logits (B, T, V) and values (B, T), or None without `value`.
+    """One forward pass over prompts (B, P) and responses (B, T) -> logits (B, T, V) and values (B, T), or
+    None without `value`.
 
     Both stand in the responses' own frame: at t they have read the prompt and y_<t, and are about y_t.
     """
@@ -354,29 +373,30 @@ def position_ids(attention_mask):
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Generate
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id, temperature=1.0):
-    """Sample a response to each left-padded prompt: (B, P) -> tokens (B, T), mask (B, T) bool, T the longest one drawn.
+    """Sample a response to each left-padded prompt: (B, P) -> tokens (B, T), mask (B, T) bool, T the longest
+    one drawn.
 
-    Plain categorical sampling from softmax(logits / temperature): no top-k, no top-p, no minimum length, because whatever
-    bends the sampling away from the policy makes the sampled KL wrong, even negative. Temperature 0 takes the most probable
-    token. `eos_token_id` is an int, a list or None; a response's EOS belongs to it, PAD follows. Random numbers come from
-    torch's global generator.
+    Plain categorical sampling from softmax(logits / temperature): no top-k, no top-p, no minimum length,
+    because whatever bends the sampling away from the policy makes the sampled KL wrong, even negative.
+    Temperature 0 takes the most probable token. `eos_token_id` is an int, a list or None; a response's EOS
+    belongs to it, PAD follows. Random numbers come from torch's global generator.
     """
     if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"need max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}")
-    eos = torch.tensor([] if eos_token_id is None else eos_token_id, dtype=torch.long, device=input_ids.device).reshape(-1)
-    position = attention_mask.cumsum(dim=1) - 1  # counted over real tokens, so that left padding moves nothing
+        raise ValueError(f"need max_new_tokens >= 1, temperature >= 0; got {max_new_tokens}, {temperature}")
+    eos = torch.tensor([] if eos_token_id is None else eos_token_id).long().reshape(-1).to(input_ids.device)
+    position = attention_mask.cumsum(dim=1) - 1  # counted over real tokens: left padding moves nothing
     new, cache, tokens, mask = input_ids, None, [], []
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(max_new_tokens):
-        out = policy(input_ids=new, attention_mask=attention_mask, position_ids=position.clamp(min=0), past_key_values=cache,
-                     use_cache=True, logits_to_keep=1)
+        out = policy(input_ids=new, attention_mask=attention_mask, position_ids=position.clamp(min=0),
+                     past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = out.logits[:, -1], out.past_key_values  # (B, V)
         if temperature == 0:
             token = logits.argmax(dim=-1)
@@ -395,7 +415,8 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
 
 
 def respond(policy, tokenizer, prompts, config):
-    """Responses to a list of B prompts -> input_ids, attention_mask (B, P), tokens, mask (B, T), texts (list), ended (B,)."""
+    """Responses to a list of B prompts -> input_ids, attention_mask (B, P), tokens, mask (B, T), texts
+    (list), ended (B,)."""
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
     input_ids, attention_mask = pad(rows, "left", policy.device)
     eos = tokenizer.eos_token_id
@@ -407,19 +428,21 @@ def respond(policy, tokenizer, prompts, config):
     return input_ids, attention_mask, tokens, mask, decode(tokenizer, rows, responses), ended
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Score: PreferenceModel above, or any callable of the user's. Here is what stands between text and tensors.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 5. Score: by PreferenceModel or any callable. Here is what stands between text and tensors.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def tokenize(tokenizer, texts):
-    """Texts as lists of token ids, with the BOS that a tokenizer adds and without the EOS: the text goes on."""
+    """Texts as lists of token ids, with the BOS that a tokenizer adds and without the EOS: the text goes
+    on."""
     rows = tokenizer(texts).input_ids
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
 def decode(tokenizer, prompt_rows, response_rows):
-    """The text of each response. It is cut from prompt + response, as some tokenizers drop a first space when alone."""
+    """The text of each response. It is cut from prompt + response, as some tokenizers drop a first space when
+    alone."""
     def text(rows):
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     whole = text([prompt + response for prompt, response in zip(prompt_rows, response_rows)])
@@ -427,16 +450,19 @@ def decode(tokenizer, prompt_rows, response_rows):
 
 
 def pad(rows, side, device):
-    """Lists of token ids -> ids and attention mask, (N, L) each. The mask is made from lengths; the filler's id is any."""
+    """Lists of token ids -> ids and attention mask, (N, L) each. The mask is made from lengths; the filler's
+    id is any."""
     width = max(len(row) for row in rows)
-    blank = [[0] * (width - len(row)) for row in rows]
-    ids = [fill + row if side == "left" else row + fill for fill, row in zip(blank, rows)]
-    real = [fill + [1] * len(row) if side == "left" else [1] * len(row) + fill for fill, row in zip(blank, rows)]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+    fills = [[0] * (width - len(row)) for row in rows]
+    left = side == "left"
+    ids = [fill + row if left else row + fill for row, fill in zip(rows, fills)]
+    mask = [fill + [1] * len(row) if left else [1] * len(row) + fill for row, fill in zip(rows, fills)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def chunks_of_like_length(rows, size=256):
-    """Split the indices of `rows` into lists of at most `size`, neighbours in length together, so that little is padded."""
+    """Split the indices of `rows` into lists of at most `size`, neighbours in length together, so that little
+    is padded."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -447,26 +473,30 @@ def balanced_draw(n, k):
 
 
 def score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration):
-    """Score every prefix of every response as text -> (B, T); on the last token stands the response's own score (B,)."""
+    """Score every prefix of every response as text -> (B, T); on the last token stands the response's own
+    score (B,)."""
     prompt_rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool())]
     at = mask.nonzero().tolist()  # (row, t) of every real token
-    texts = decode(run.tokenizer, [prompt_rows[b] for b, _ in at], [tokens[b, :t + 1].tolist() for b, t in at])
+    prefix_rows = [tokens[b, :t + 1].tolist() for b, t in at]
+    texts = decode(run.tokenizer, [prompt_rows[b] for b, _ in at], prefix_rows)
     prefixes = torch.zeros(mask.shape, device=mask.device)
     prefixes[mask] = run.score([prompts[b] for b, _ in at], texts, [False] * len(at), iteration)
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
     return torch.where(last, scores[:, None], prefixes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. Log-probabilities, and the KL against the reference
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: logits (B, T, V), tokens (B, T) -> (B, T). Half precision is upcast to float32.
+    """log pi(y_t | x, y_<t) in nats: logits (B, T, V), tokens (B, T) -> (B, T). Half precision is upcast to
+    float32.
 
-    log softmax(logits / temperature) at the tokens. One function for the old policy, the new one and the reference, so that
-    all are the distribution that was sampled from; dividing on one side only makes the ratio start away from 1.
+    log softmax(logits / temperature) at the tokens. One function for the old policy, the new one and the
+    reference, so that all are the distribution that was sampled from; dividing on one side only makes the
+    ratio start away from 1.
     """
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
@@ -474,15 +504,17 @@ def token_logprobs(logits, tokens, temperature=1.0):
 
 def token_entropy(logits, temperature=1.0):
     """Entropy of the policy at each token, in nats: (B, T, V) -> (B, T)."""
-    logprobs = ((logits if logits.dtype == torch.float64 else logits.float()) / temperature).log_softmax(dim=-1)
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logprobs = logits.log_softmax(dim=-1)
     return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Estimate KL(pi || pi_ref) at each token sampled from pi, in nats: (B, T), (B, T) -> (B, T).
 
-    With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased, its gradient is not;
-    k3 = exp(-d) - 1 + d has the right mean and is never negative. (Schulman 2020, "Approximating KL divergence")
+    With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased, its
+    gradient is not; k3 = exp(-d) - 1 + d has the right mean and is never negative. (Schulman 2020,
+    "Approximating KL divergence")
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -495,21 +527,22 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def update_beta(beta, kl, target, horizon, n):
-    """Steer the price of KL so that `kl` comes to `target` (both in nats per response): float or (N,) -> the same.
+    """Steer the price of KL so that `kl` comes to `target` (both in nats per response): float or (N,) -> the
+    same.
 
-    beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the *reference*.
-    Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
+    beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the
+    *reference*. Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
     """
     if target <= 0 or torch.as_tensor(n >= 5 * torch.as_tensor(horizon)).any():
-        raise ValueError(f"need target > 0 and n < 5 * horizon, got target {target}, n {n}, horizon {horizon}")
+        raise ValueError(f"need target > 0, n < 5 * horizon; got target {target}, n {n}, horizon {horizon}")
     error = (torch.as_tensor(kl, dtype=torch.float64) / target - 1).clamp(-0.2, 0.2)
     change = 1 + error * n / horizon
     return beta * change.to(beta) if isinstance(beta, torch.Tensor) else beta * change.item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. Rewards
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def masked_mean(x, mask):
@@ -520,10 +553,11 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask=None, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same shape, 0 outside the mask.
+    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same shape, 0 outside the
+    mask.
 
-    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row has no True.
-    (OAI; "The N Implementation Details of RLHF with PPO")
+    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
+    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     if not mask.any(dim=-1).all():
@@ -538,13 +572,14 @@ def whiten(x, mask=None, shift_mean=True):
 def shape_rewards(scores, kl, mask, beta, level="token"):
     """The reward of each token: scores (B,), kl and mask (B, T), beta a float or (B,) -> (B, T).
 
-    The score stands on the last token, the EOS itself. From it is taken beta * KL: with level "token" each token pays its own
-    share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole KL; with "batch" every last token
-    pays the batch's mean. In the first two a row sums to score - beta * its KL. Raises ValueError if a row has no True.
+    The score stands on the last token, the EOS itself. From it is taken beta * KL: with level "token" each
+    token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
+    KL; with "batch" every last token pays the batch's mean. In the first two a row sums to score - beta * its
+    KL. Raises ValueError if a row has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1  # (B, T), one True a row
+    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1  # (B, T)
     beta = torch.as_tensor(beta, dtype=kl.dtype, device=kl.device).reshape(-1, 1)
     penalty = beta * torch.where(mask, kl, 0.0)  # (B, T)
     if level == "sequence":
@@ -559,8 +594,8 @@ def shape_rewards(scores, kl, mask, beta, level="token"):
 def dense_scores(prefix_scores, mask):
     """Spread a score over the tokens: the score of every prefix (B, T) -> what each token added to it (B, T).
 
-    s_t - s_{t-1} with s_{-1} = 0. The sum telescopes to the whole response's score, so the best policy stays the same
-    (potential-based shaping, Ng et al. 1999). Raises ValueError if a row of the mask has no True.
+    s_t - s_{t-1} with s_{-1} = 0. The sum telescopes to the whole response's score, so the best policy stays
+    the same (potential-based shaping, Ng et al. 1999). Raises ValueError if a row of the mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -569,16 +604,17 @@ def dense_scores(prefix_scores, mask):
     return torch.where(mask, prefix_scores - before, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 8. Advantages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: rewards, values, mask (B, T) -> advantages (B, T), returns (B, T).
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last token (GAE eq. 12, 16).
-    returns = A + V, taken before A is whitened. Raises ValueError if a row of the mask has no True.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last token
+    (GAE eq. 12, 16). returns = A + V, taken before A is whitened. Raises ValueError if a row of the mask has
+    no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -586,7 +622,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = []
     for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # 0 after a response's end, as all three are
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # 0 after a response's end: all three are
         advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         advantages.append(advantage)
@@ -594,17 +630,17 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 9. The clipped losses
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate as a loss: all (B, T) -> loss (scalar), clip fraction (scalar).
 
-    With rho = exp(logprobs - old_logprobs): the masked mean of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) (PPO eq. 7), and
-    the fraction of tokens where the clipped side was strictly the larger, so that the token gives no gradient. clip=inf
-    switches the clipping off. Raises ValueError if a row of the mask has no True.
+    With rho = exp(logprobs - old_logprobs): the masked mean of max(-A rho, -A clip(rho, 1 - clip, 1 + clip))
+    (PPO eq. 7), and the fraction of tokens where the clipped side was strictly the larger, so that the token
+    gives no gradient. clip=inf switches the clipping off. Raises ValueError if a row of the mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -618,8 +654,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """Half the squared error of the values, clipped like the policy's loss: all (B, T) -> scalar.
 
-    The masked mean of max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2 (OAI; of doubtful use, says "The 37
-    Implementation Details of PPO"). clip=None or inf switches the clipping off. Raises ValueError if a row has no True.
+    The masked mean of max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2 (OAI; of doubtful use,
+    says "The 37 Implementation Details of PPO"). clip=None or inf switches the clipping off. Raises
+    ValueError if a row has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -630,9 +667,9 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return torch.maximum((values - returns).square(), (near - returns).square()).sum() / mask.sum() / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 10. The loop
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train(config, score=None, gold=None, policy=None, tokenizer=None):
@@ -641,103 +678,104 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
         for metrics in train(Config(iterations=20)):
             print(metrics["iteration"], metrics["score"], metrics["kl"])
 
-    `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on: callables from
-    (list of prompts, list of responses) to a list of floats. `policy`, a causal language model, is trained in place;
-    `tokenizer` is its tokenizer. An argument goes before the Config field of its name. Raises ValueError for a setting or a
-    file that cannot be used, and FloatingPointError when scores or losses stop being finite.
+    `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on:
+    callables from (list of prompts, list of responses) to a list of floats. `policy`, a causal language
+    model, is trained in place; `tokenizer` is its tokenizer. An argument goes before the Config field of its
+    name. Raises ValueError for a setting or a file that cannot be used, and FloatingPointError when scores or
+    losses stop being finite.
     """
     run = prepare(config, score, gold, policy, tokenizer)
-    config, policy, reference, value, optimizer, temperature = (
-        run.config, run.policy, run.reference, run.value, run.optimizer, run.config.temperature)
+    config, policy, value, optimizer = run.config, run.policy, run.value, run.optimizer
     for iteration in range(run.iteration + 1, config.iterations + 1):
         optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (iteration - 1) / config.iterations)
         clock = [time.perf_counter()]
 
-        # 4. Generate: a response to each of B prompts.
+        # 4. Generate a response to each of B prompts.
         index = balanced_draw(len(run.prompts), config.batch_size)  # (B,)
         prompts = [run.prompts[i] for i in index]
         with run.autocast:
-            input_ids, attention_mask, tokens, mask, responses, ended = respond(policy, run.tokenizer, prompts, config)
+            input_ids, attention_mask, tokens, mask, responses, ended = respond(
+                policy, run.tokenizer, prompts, config)  # (B, P), (B, P), (B, T), (B, T), B texts, (B,)
         clock.append(time.perf_counter())
 
-        # 5. Score: a response that did not end gets a score of its own, then the batch is whitened.
+        # 5. Score them. A response that did not end gets a score of its own.
         raw_scores = run.score(prompts, responses, ended, iteration)  # (B,)
         scores = raw_scores if run.no_eos else torch.where(ended, raw_scores, config.missing_eos_score)
-        center, sigma = (scores.mean(), (scores.var(correction=0) + 1e-8).sqrt()) if config.whiten_scores else (0.0, 1.0)
         gold_scores = run.gold and run.gold(prompts, responses, ended, iteration)
         if config.dense_reward:
-            prefixes = score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration)  # (B, T)
+            prefix_scores = score_prefixes(
+                run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration)  # (B, T)
         clock.append(time.perf_counter())
 
-        # 6. Per-token KL against the reference, at the policy that sampled: the "old" one of the update below.
+        # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update.
         with torch.no_grad(), run.autocast:
-            logits, values = response_logits(policy, input_ids, attention_mask, tokens, mask, value)  # (B, T, V), (B, T)
-            old_logprobs = token_logprobs(logits, tokens, temperature)  # (B, T)
-            entropy = masked_mean(token_entropy(logits, temperature), mask)
+            logits, values = response_logits(policy, input_ids, attention_mask, tokens, mask, value)
+            old_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
+            entropy = masked_mean(token_entropy(logits, config.temperature), mask)
             clock.append(time.perf_counter())
-            logits, _ = response_logits(reference, input_ids, attention_mask, tokens, mask)
-            ref_logprobs = token_logprobs(logits, tokens, temperature)  # (B, T)
+            logits, _ = response_logits(run.reference, input_ids, attention_mask, tokens, mask)
+            ref_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
         kl = kl_estimate(old_logprobs, ref_logprobs, config.kl_estimator)  # (B, T)
         sequence_kl = torch.where(mask, old_logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,), nats
         clock.append(time.perf_counter())
 
-        # 7. Rewards: -beta * KL on every token, and the score on the last one, or spread over them all.
-        beta = run.beta[index].to(kl)  # (B,): one beta per prompt, all alike unless each is steered on its own
+        # 7. Rewards: the whitened score on the last token, or spread over all, less beta * KL.
+        beta = run.beta[index].to(kl)  # (B,), all alike unless each prompt has its own
+        mean, std = 0.0, 1.0
+        if config.whiten_scores:
+            mean, std = scores.mean(), (scores.var(correction=0) + 1e-8).sqrt()
         if config.dense_reward:
             rewards = shape_rewards(torch.zeros_like(scores), kl, mask, beta, config.kl_level)
-            rewards = rewards + dense_scores((prefixes - center) / sigma, mask)
+            rewards = rewards + dense_scores((prefix_scores - mean) / std, mask)
         else:
-            rewards = shape_rewards(whiten(scores) if config.whiten_scores else scores, kl, mask, beta, config.kl_level)
+            scores = whiten(scores) if config.whiten_scores else scores
+            rewards = shape_rewards(scores, kl, mask, beta, config.kl_level)  # (B, T)
 
         # 8. Advantages, whitened over the batch's real tokens.
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)  # (B, T), (B, T)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
 
-        # 9. Update: every epoch passes over the batch in freshly shuffled minibatches, one optimizer step for each.
+        # 9. Update: epochs of freshly shuffled minibatches, one optimizer step for each.
         updates = []
-        for rows in [rows for _ in range(config.ppo_epochs) for rows in torch.randperm(len(mask)).split(config.minibatch_size)]:
+        shuffled = [torch.randperm(len(mask)) for _ in range(config.ppo_epochs)]
+        for rows in [rows for order in shuffled for rows in order.split(config.minibatch_size)]:
             m = mask[rows]
             with run.autocast:
-                logits, new_values = response_logits(policy, input_ids[rows], attention_mask[rows], tokens[rows], m, value)
-            logprobs = token_logprobs(logits, tokens[rows], temperature)
-            pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs[rows], advantages[rows], m, config.clip)
+                logits, new_values = response_logits(
+                    policy, input_ids[rows], attention_mask[rows], tokens[rows], m, value)
+            logprobs, old = token_logprobs(logits, tokens[rows], config.temperature), old_logprobs[rows]
+            pg_loss, clip_fraction = policy_loss(logprobs, old, advantages[rows], m, config.clip)
             v_loss = value_loss(new_values, values[rows], returns[rows], m, config.value_clip)
             loss = pg_loss + config.value_coef * v_loss
             if config.entropy_coef:
-                loss = loss - config.entropy_coef * masked_mean(token_entropy(logits, temperature), m)
+                loss = loss - config.entropy_coef * masked_mean(token_entropy(logits, config.temperature), m)
             require_finite(loss.detach(), "the loss", iteration, run)
-            log_ratio = torch.where(m, logprobs.detach() - old_logprobs[rows], 0.0)
-            ratio = log_ratio.exp()
-            approx_kl = masked_mean(ratio - 1 - log_ratio, m)  # k3 of old -> new, nats per token
-            if not updates and (ratio - 1).abs().max() > run.ratio_tolerance:
-                warnings.warn(f"iteration {iteration}: the ratio is {ratio.flatten()[(ratio - 1).abs().argmax()]:.5f} before "
-                              "the first step, not 1: the policy that is updated is not the one that sampled", stacklevel=2)
-            if updates and approx_kl > config.stop_kl:
+            log_ratio = torch.where(m, logprobs.detach() - old, 0.0)
+            approx_kl = masked_mean(kl_estimate(old, logprobs.detach(), "k3"), m)  # old to new, per token
+            if not updates:
+                require_ratio_one(log_ratio, iteration, run)
+            elif approx_kl > config.stop_kl:
                 break
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
             optimizer.step()
-            updates.append(torch.stack([pg_loss.detach(), v_loss.detach(), masked_mean(ratio, m), clip_fraction, approx_kl, grad_norm]))
+            ratio = masked_mean(log_ratio.exp(), m)
+            updates.append([x.item() for x in (pg_loss, v_loss, ratio, clip_fraction, approx_kl, grad_norm)])
         clock.append(time.perf_counter())
 
-        updates = torch.stack(updates).mean(dim=0).tolist()
+        names = ("policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl", "grad_norm")
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         metrics = {
             "iteration": iteration,
             "score": raw_scores.mean().item(),
             **({"gold": gold_scores.mean().item()} if run.gold else {}),
             "kl": sequence_kl.mean().item(),
-            "objective": (raw_scores.mean() - (beta * sequence_kl).mean() * sigma).item(),
+            "objective": (raw_scores.mean() - (beta * sequence_kl).mean() * std).item(),
             "beta": beta.mean().item(),
             "entropy": entropy.item(),
-            "policy_loss": updates[0],
-            "value_loss": updates[1],
-            "ratio": updates[2],
-            "clip_fraction": updates[3],
-            "approx_kl": updates[4],
-            "grad_norm": updates[5],
+            **{name: sum(column) / len(updates) for name, column in zip(names, zip(*updates))},
             "explained_variance": (1 - (returns - values)[mask].var() / (returns[mask].var() + 1e-8)).item(),
             "length": mask.sum(dim=1).float().mean().item(),
             "eos_fraction": ended.float().mean().item(),
@@ -748,58 +786,60 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             "seconds_update": seconds[2] + seconds[4],
             "episodes_per_second": len(mask) / sum(seconds),
         }
-        # The price of KL for the next iteration.
-        if config.beta_control == "batch":
+        if config.beta_control == "batch":  # the price of KL for the next iteration
             run.beta = update_beta(run.beta, metrics["kl"], config.kl_target, config.kl_horizon, len(mask))
         elif config.beta_control == "prompt":
-            n = torch.bincount(index, minlength=len(run.prompts))  # (N,) responses per prompt; a prompt without any stays
+            n = torch.bincount(index, minlength=len(run.prompts))  # (N,) responses to each prompt
             prompt_kl = torch.bincount(index, sequence_kl.double().cpu(), len(run.prompts)) / n.clamp(min=1)
             run.beta = update_beta(run.beta, prompt_kl, config.kl_target, config.kl_horizon, n)
         record(run, metrics)
         yield metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 11. The edge: checking input, loading models, checkpoints, tables, pictures, the command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CAN_CHANGE = ("save_every", "device", "out", "resume")  # the settings that a resumed run may change
-AT_LEAST_ONE = ("pairs", "preference_epochs", "iterations", "batch_size", "minibatch_size", "ppo_epochs", "max_new_tokens",
-                "eval_samples", "save_every")
-ABOVE_ZERO = ("temperature", "kl_target", "kl_horizon", "clip", "value_clip", "stop_kl", "max_grad_norm")
-NOT_NEGATIVE = ("beta", "gamma", "lam", "value_coef", "entropy_coef", "learning_rate", "preference_learning_rate", "seed")
 MAY_BE_OFF = ("missing_eos_score", "clip", "value_clip", "stop_kl", "max_grad_norm")  # None or inf
+LIMITS = {  # what a setting must be -> the settings that must be it
+    "at least 1": (lambda x: x >= 1, """pairs preference_epochs iterations batch_size minibatch_size
+                                        ppo_epochs max_new_tokens eval_samples save_every"""),
+    "greater than 0": (lambda x: x > 0, """temperature kl_target kl_horizon clip value_clip stop_kl
+                                           max_grad_norm adam_epsilon"""),
+    "0 or more": (lambda x: x >= 0, """beta value_coef entropy_coef learning_rate preference_learning_rate
+                                       seed"""),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam"),
+}
 
 
 def check_config(config):
-    """Return a copy of `config` with its defaults filled in, or raise ValueError with one sentence on what is wrong."""
-    config = dataclasses.replace(config, **{name: math.inf for name in MAY_BE_OFF if getattr(config, name) is None})
-    hints = typing.get_type_hints(Config)
-    for name, kind in hints.items():
-        value, choices = getattr(config, name), typing.get_args(kind)
+    """Return a copy of `config` with its defaults filled in, or raise ValueError with one sentence on what is
+    wrong."""
+    off = {name: math.inf for name in MAY_BE_OFF if getattr(config, name) is None}
+    config = dataclasses.replace(config, **off)
+    for name, kind in typing.get_type_hints(Config).items():
+        value, choices = getattr(config, name), typing.get_args(kind) or (kind,)
         if typing.get_origin(kind) is Literal:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-            continue
-        kinds = tuple(float if one is float else one for one in choices or (kind,))
-        if not isinstance(value, (*kinds, int) if float in kinds else kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(f"{name} must be {' or '.join(one.__name__ for one in kinds)}, got {value!r}")
-        finite = name in MAY_BE_OFF or not isinstance(value, float) or math.isfinite(value)
-        if not finite or value != value:
+        elif type(value) not in choices and not (type(value) is int and float in choices):
+            raise ValueError(f"{name} must be {' or '.join(one.__name__ for one in choices)}, got {value!r}")
+        elif isinstance(value, float) and not (math.isfinite(value) or (name in MAY_BE_OFF and value > 0)):
             raise ValueError(f"{name} must be a finite number, got {value}")
-        for names, ok, need in ((AT_LEAST_ONE, lambda x: x >= 1, "at least 1"), (ABOVE_ZERO, lambda x: x > 0, "greater than 0"),
-                                (NOT_NEGATIVE, lambda x: x >= 0, "0 or more")):
-            if name in names and value is not None and not ok(value):
-                raise ValueError(f"{name} must be {need}, got {value}")
-    for name in ("gamma", "lam"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
+    for need, (holds, names) in LIMITS.items():
+        for name in names.split():
+            if getattr(config, name) is not None and not holds(getattr(config, name)):
+                raise ValueError(f"{name} must be {need}, got {getattr(config, name)}")
     if config.minibatch_size > config.batch_size:
-        raise ValueError(f"minibatch_size {config.minibatch_size} is larger than batch_size {config.batch_size}")
+        raise ValueError(f"minibatch_size {config.minibatch_size} is larger than batch_size "
+                         f"{config.batch_size}")
     if config.template.count("{prompt}") != 1:
         raise ValueError(f"template must hold {{prompt}} once, got {config.template!r}")
-    if config.out and not config.resume and any(os.path.exists(f"{config.out}/{name}") for name in ("config.json", "metrics.jsonl")):
-        raise ValueError(f"out: {config.out} already holds a run; go on with it by --resume {config.out}, or name another folder")
+    files = [f"{config.out}/{name}" for name in ("config.json", "metrics.jsonl")]
+    if config.out and not config.resume and any(map(os.path.exists, files)):
+        raise ValueError(f"out: {config.out} already holds a run; go on with it by --resume {config.out}, "
+                         "or name another folder")
     tiny = config.prompts == Config().prompts
     return dataclasses.replace(
         config,
@@ -811,7 +851,8 @@ def check_config(config):
 
 
 def read_lines(path, name):
-    """The lines of a UTF-8 text file. Raises ValueError that names the file, and the line where one is blank."""
+    """The lines of a UTF-8 text file. Raises ValueError that names the file, and the line where one is
+    blank."""
     try:
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
@@ -830,7 +871,8 @@ def read_lines(path, name):
 
 
 def read_prompts(path, name="prompts"):
-    """Prompts of a file: one a line, or JSON lines with a "prompt". Raises ValueError that names the file and the line."""
+    """Prompts of a file: one a line, or JSON lines with a "prompt". Raises ValueError that names the file and
+    the line."""
     lines = read_lines(path, name)
     if not (str(path).endswith(".jsonl") or lines[0].startswith("{")):
         return lines
@@ -857,18 +899,19 @@ def load_tokenizer(path, name):
 
 
 def load(kind, path, name, device):
-    """A model in eval mode and float32, and its tokenizer, from a folder or the hub. Raises ValueError in one sentence.
+    """A model in eval mode and float32, and its tokenizer, from a folder or the hub. Raises ValueError in one
+    sentence.
 
     Weights come from safetensors only, nothing pickled is read, and no code of the model folder is run.
     """
     tokenizer = load_tokenizer(path, name)
     try:
-        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), use_safetensors=True, dtype=torch.float32,
-                                           output_loading_info=True)
+        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), use_safetensors=True,
+                                           dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         raise ValueError(f"{name}: cannot load a model from {path}: {first_line(error)}") from error
     if info["missing_keys"]:
-        raise ValueError(f"{name}: the weights in {path} lack {sorted(info['missing_keys'])[0]}: not a model of this kind")
+        raise ValueError(f"{name}: the weights in {path} lack {min(info['missing_keys'])}")
     check_fit(model, tokenizer, f"{name} {path}")
     return model.to(device).eval(), tokenizer
 
@@ -879,18 +922,21 @@ def first_line(error):
 
 
 def check_fit(model, tokenizer, name):
-    """Raise ValueError if the tokenizer can write an id for which the model has no embedding. Its PAD is never used here."""
+    """Raise ValueError if the tokenizer can write an id for which the model has no embedding. Its PAD is
+    never used here."""
     used = set(tokenizer.get_vocab().values()) - ({tokenizer.pad_token_id} - {tokenizer.eos_token_id})
     rows, top = model.get_input_embeddings().num_embeddings, max(used)
     if top >= rows:
-        raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the embedding has {rows} rows")
+        raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the "
+                         f"embedding has {rows} rows")
 
 
 def load_preference(config, device):
     """The preference model that config.preference names. Raises ValueError if it has more than one output."""
     model, tokenizer = load(AutoModelForSequenceClassification, config.preference, "preference", device)
     if model.config.num_labels != 1:
-        raise ValueError(f"preference: {config.preference} has {model.config.num_labels} outputs, needs exactly one")
+        raise ValueError(f"preference: {config.preference} has {model.config.num_labels} outputs, "
+                         "needs exactly one")
     return PreferenceModel(model, tokenizer, config.template)
 
 
@@ -916,10 +962,20 @@ def pick_device(name):
         raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def require_ratio_one(log_ratio, iteration, run):
+    """Warn, loudly, if the ratio (B, T) is not 1 before an iteration's first step: then what is trained did
+    not sample."""
+    worst = (log_ratio.exp() - 1).abs().max()
+    if worst > (1e-4 if run.config.dtype == "float32" else 0.05):
+        warnings.warn(f"iteration {iteration}: the ratio is off 1 by {worst:.5f} before the first step: the "
+                      "policy that is updated is not the one that sampled", stacklevel=3)
+
+
 def require_finite(x, what, iteration, run):
-    """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x holds a NaN or an infinity."""
+    """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x holds a NaN or an
+    infinity."""
     if not torch.isfinite(x).all():
-        kept = f"the checkpoint in {run.out} is good" if run.out and run.saved else "there is no checkpoint yet"
+        kept = f"the checkpoint in {run.out} is good" if run.saved else "there is no checkpoint yet"
         raise FloatingPointError(f"iteration {iteration}: {what} is not finite; {kept}")
 
 
@@ -930,32 +986,33 @@ def scorer(function, name, run):
         with run.autocast:
             scores = torch.as_tensor(function(list(prompts), list(responses), *more), dtype=torch.float32)
         if scores.shape != (len(prompts),):
-            raise ValueError(f"iteration {iteration}: {name} must give one number for each of {len(prompts)} responses, "
-                             f"gave shape {tuple(scores.shape)}")
+            raise ValueError(f"iteration {iteration}: {name} must give one number for each of {len(prompts)} "
+                             f"responses, gave shape {tuple(scores.shape)}")
         require_finite(scores, f"a number that {name} gave", iteration, run)
         return scores.to(run.device)
     return call
 
 
 def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
-    """Check everything, load everything, and return what the loop needs, at iteration 0 or where a checkpoint left off."""
+    """Check everything, load everything, and return what the loop needs, at iteration 0 or where a checkpoint
+    left off."""
     config = check_config(resumed(config) if config.resume else config)
     run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
                                 out=pathlib.Path(config.out) if config.out else None)
     torch.manual_seed(config.seed)
     run.policy, run.tokenizer, run.prompts, _ = load_policy_and_prompts(config, run.device, policy, tokenizer)
-    run.autocast = contextlib.nullcontext() if config.dtype == "float32" else torch.autocast(run.device.type, torch.bfloat16)
-    run.ratio_tolerance = 1e-4 if config.dtype == "float32" else 0.05
+    run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     run.no_eos = math.isinf(config.missing_eos_score) or run.tokenizer.eos_token_id is None
 
-    kept_reference = config.resume and pathlib.Path(config.resume) / "reference"
-    if config.reference or (kept_reference and kept_reference.exists()):
-        run.reference, _ = load(AutoModelForCausalLM, config.reference or str(kept_reference), "reference", run.device)
+    kept = f"{config.resume}/reference"
+    if config.reference or os.path.isdir(kept):
+        run.reference, _ = load(AutoModelForCausalLM, config.reference or kept, "reference", run.device)
     else:
         run.reference = copy.deepcopy(run.policy).eval()
         if policy is not None and run.out and not config.resume:
-            run.reference.save_pretrained(run.out / "reference")  # nothing else on disk tells how this policy started
-    if run.reference.get_input_embeddings().num_embeddings != run.policy.get_input_embeddings().num_embeddings:
+            run.reference.save_pretrained(run.out / "reference")  # nothing else tells how this policy started
+            run.tokenizer.save_pretrained(run.out / "reference")
+    if run.reference.config.vocab_size != run.policy.config.vocab_size:
         raise ValueError("reference: its vocabulary is not the policy's")
     run.reference.requires_grad_(False)
 
@@ -968,8 +1025,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         if not isinstance(score, PreferenceModel) or score.tokenizer.get_vocab() != run.tokenizer.get_vocab():
             raise ValueError("value: 'preference' needs a preference model with the policy's own tokenizer")
         trunk = copy.deepcopy(score.model.base_model)
-    run.value = ValueFunction((trunk or run.policy).config.hidden_size, trunk, config.value_head).to(run.device).eval()
-    run.value.requires_grad_(True)
+    run.value = ValueFunction((trunk or run.policy).config.hidden_size, trunk, config.value_head)
+    run.value.to(run.device).eval().requires_grad_(True)
     run.score, run.gold = scorer(score, "score", run), None
     gold = gold or (config.gold and load_function(config.gold, "gold"))
     if gold:
@@ -977,10 +1034,10 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
 
     run.beta = torch.full((len(run.prompts),), float(config.beta), dtype=torch.float64)
     if config.beta_control != "fixed":
-        most = config.batch_size if config.beta_control == "batch" else -(-config.batch_size // len(run.prompts))
-        update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, most)
+        most = 1 if config.beta_control == "batch" else len(run.prompts)
+        update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, -(-config.batch_size // most))
     run.parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=1e-5)
+    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon)
     if config.resume:
         restore(run)
     elif run.out:
@@ -990,10 +1047,12 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
 
 
 def load_policy_and_prompts(config, device, policy=None, tokenizer=None):
-    """-> the policy, as it was passed or from config.policy; its tokenizer; the prompts to train on; the held-out ones.
+    """-> the policy, as it was passed or from config.policy; its tokenizer; the prompts to train on; the
+    held-out ones.
 
-    Without eval_prompts every tenth prompt is held out; of fewer than ten none is, and those of training stand in. Raises
-    ValueError if a prompt cannot be written by the tokenizer or leaves no room in the context for a response.
+    Without eval_prompts every tenth prompt is held out; of fewer than ten none is, and those of training
+    stand in. Raises ValueError if a prompt cannot be written by the tokenizer or leaves no room in the
+    context for a response.
     """
     if policy is None:
         policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", device)
@@ -1005,36 +1064,43 @@ def load_policy_and_prompts(config, device, policy=None, tokenizer=None):
     files = [(name, getattr(config, name), read_prompts(getattr(config, name), name))
              for name in ("prompts", "eval_prompts") if getattr(config, name)]
     for name, path, prompts in files:
-        for number, ids in enumerate(tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts]), start=1):
-            if not ids or (tokenizer.unk_token_id in ids and tokenizer.unk_token_id != tokenizer.eos_token_id):
-                raise ValueError(f"{name} {path}, line {number}: the policy's tokenizer has no tokens for this prompt")
+        unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
+        texts = [config.template.format(prompt=prompt) for prompt in prompts]
+        for number, ids in enumerate(tokenize(tokenizer, texts), start=1):
+            if not ids or unknown & set(ids):
+                raise ValueError(f"{name} {path}, line {number}: the policy's tokenizer cannot write it")
             if len(ids) + config.max_new_tokens > context:
-                raise ValueError(f"{name} {path}, line {number}: {len(ids)} tokens of prompt and {config.max_new_tokens} of response "
-                                 f"are longer than the policy's context of {context}")
+                raise ValueError(f"{name} {path}, line {number}: {len(ids)} tokens of prompt and "
+                                 f"{config.max_new_tokens} of response are longer than the policy's context, "
+                                 f"{context}")
     prompts = files[0][2]
     if config.eval_prompts:
         return policy, tokenizer, prompts, files[1][2]
-    return policy, tokenizer, [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], prompts[9::10] or prompts
+    held = prompts[9::10]
+    return policy, tokenizer, [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], held or prompts
 
 
 def preference_for(config, device, policy, tokenizer, prompts):
-    """The preference model of a run: the one it has fitted already, a new one fitted to the judge, or a ready one."""
+    """The preference model of a run: the one it has fitted already, a new one fitted to the judge, or a ready
+    one."""
     if config.judge and not config.resume:
-        constitution = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
-        judge, judge_tokenizer = load(AutoModelForCausalLM, config.judge, "judge", device)
-        preference, report = preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, constitution, prompts)
-        tqdm.write(f"preference model: agrees with the judge on {report['accuracy']:.1%} of held-out pairs; loss "
-                   f"{report['loss']:.3f} held out, {report['train_loss']:.3f} in training, the labels' entropy {report['floor']:.3f}")
+        principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
+        judge = load(AutoModelForCausalLM, config.judge, "judge", device)
+        preference, report = preference_from_judge(config, policy, tokenizer, *judge, principles, prompts)
+        tqdm.write(f"preference model: on held-out pairs it agrees with the judge, where that is sure, in "
+                   f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
+                   f"{report['train_loss']:.3f}, entropy of the labels {report['floor']:.3f}")
         if config.out:
-            preference.model.save_pretrained(pathlib.Path(config.out) / "preference")
-            preference.tokenizer.save_pretrained(pathlib.Path(config.out) / "preference")
+            preference.model.save_pretrained(f"{config.out}/preference")
+            preference.tokenizer.save_pretrained(f"{config.out}/preference")
         return preference
-    fitted = config.resume and pathlib.Path(config.resume) / "preference"
-    return load_preference(dataclasses.replace(config, preference=str(fitted)) if config.judge else config, device)
+    folder = f"{config.resume}/preference" if config.judge else config.preference
+    return load_preference(dataclasses.replace(config, preference=folder), device)
 
 
 def write(path, content):
-    """Write a file beside its place and rename it, so that a crash leaves the old one: text, or an object for torch.save."""
+    """Write a file beside its place and rename it, so that a crash leaves the old one: text, or an object for
+    torch.save."""
     beside = path.with_name(path.name + ".new")
     try:
         if isinstance(content, str):
@@ -1049,7 +1115,8 @@ def write(path, content):
 
 
 def record(run, metrics):
-    """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a checkpoint."""
+    """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
+    checkpoint."""
     run.iteration = metrics["iteration"]
     if not run.out:
         return
@@ -1070,8 +1137,8 @@ def record(run, metrics):
 
 
 def resumed(config, given=None):
-    """The settings of the run in config.resume. Raises ValueError if it holds none, or if other settings are `given`, a dict
-    of fields (default: those of `config` that are not at their defaults)."""
+    """The settings of the run in config.resume. Raises ValueError if it holds none, or if other settings are
+    `given`, a dict of fields (default: those of `config` that are not at their defaults)."""
     path = pathlib.Path(config.resume) / "config.json"
     try:
         saved = Config(**json.loads(path.read_text(encoding="utf-8")))
@@ -1079,7 +1146,8 @@ def resumed(config, given=None):
         raise ValueError(f"resume: {path} is not the config of a run: {error}") from error
     if not (path.parent / "checkpoint.pt").exists():
         raise ValueError(f"resume: there is no checkpoint in {path.parent} yet; start that run again")
-    given = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)} if given is None else given
+    if given is None:
+        given = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
     changed = [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in given.items()
                if name not in CAN_CHANGE and value != getattr(saved, name)]
     if changed:
@@ -1089,7 +1157,8 @@ def resumed(config, given=None):
 
 
 def restore(run):
-    """Put a run back where its checkpoint was written, and drop the lines of metrics.jsonl that came after it."""
+    """Put a run back where its checkpoint was written, and drop the lines of metrics.jsonl that came after
+    it."""
     source = pathlib.Path(run.config.resume)
     try:
         state = torch.load(source / "checkpoint.pt", map_location=run.device, weights_only=True)
@@ -1097,7 +1166,7 @@ def restore(run):
         run.value.load_state_dict(state["value"])
         run.optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # a damaged file may fail in any of its readers
-        raise ValueError(f"resume: cannot read {source / 'checkpoint.pt'}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"resume: cannot read {source / 'checkpoint.pt'}: {first_line(error)}") from error
     run.iteration, run.beta, run.saved = state["iteration"], state["beta"].cpu(), True
     lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:run.iteration]
     run.out.mkdir(parents=True, exist_ok=True)
@@ -1112,8 +1181,8 @@ def restore(run):
 def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fluent=None):
     """Sample `eval_samples` replies to each of N prompts, without touching the run's random numbers.
 
-    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats, length, eos_fraction; list of rows, one a reply:
-    prompt, response, score, gold, kl). gold and fluency are there only if their functions are.
+    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats, length, eos_fraction; list of rows,
+    one a reply: prompt, response, score, gold, kl). gold and fluency are there only if their functions are.
     """
     prompts = prompts * config.eval_samples
     total, rows = {}, []
@@ -1121,11 +1190,12 @@ def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fl
         torch.manual_seed(config.seed)
         for start in range(0, len(prompts), 256):
             batch = prompts[start:start + 256]
-            input_ids, attention_mask, tokens, mask, responses, ended = respond(policy, tokenizer, batch, config)
-            logits, _ = response_logits(policy, input_ids, attention_mask, tokens, mask)
-            ref_logits, _ = response_logits(reference, input_ids, attention_mask, tokens, mask)
-            log_ratio = token_logprobs(logits, tokens, config.temperature) - token_logprobs(ref_logits, tokens, config.temperature)
-            kl = torch.where(mask, log_ratio, 0.0).sum(dim=1).tolist()
+            ids, attention_mask, tokens, mask, responses, ended = respond(policy, tokenizer, batch, config)
+            logits, ref_logits = (response_logits(model, ids, attention_mask, tokens, mask)[0]
+                                  for model in (policy, reference))
+            logprobs, ref_logprobs = (token_logprobs(each, tokens, config.temperature)
+                                      for each in (logits, ref_logits))
+            kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1).tolist()
             scores = score(batch, responses, *([ended] if isinstance(score, PreferenceModel) else []))
             golds = gold(batch, responses) if gold else [None] * len(batch)
             sums = {
@@ -1143,7 +1213,8 @@ def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fl
 
 
 def samples_table(before, after):
-    """A Markdown table with the first reply to each held-out prompt before and after training, and their scores."""
+    """A Markdown table with the first reply to each held-out prompt before and after training, and their
+    scores."""
     def cells(row):
         text = " ".join(row[1].split()).replace("|", "\\|")
         return f"{text} | {row[2]:.2f} | {'' if row[3] is None else f'{row[3]:g}'}"
@@ -1152,8 +1223,9 @@ def samples_table(before, after):
 
 
 def draw_history(history, path=None):
-    """Draw learning curves from a list of metrics: score and gold over iterations and over the root of the KL; KL; entropy
-    and beta. Returns the matplotlib figure, saved to `path` if there is one. Raises ImportError without matplotlib."""
+    """Draw learning curves from a list of metrics: score and gold over iterations and over the root of the
+    KL; KL; entropy and beta. Returns the matplotlib figure, saved to `path` if there is one. Raises
+    ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1162,17 +1234,18 @@ def draw_history(history, path=None):
     axes = figure.subplots(2, 2)
     steps = [m["iteration"] for m in history]
     root_kl = [math.sqrt(max(m["kl"], 0)) for m in history]
-    for name, label, color in (("score", "proxy: the preference model's score", "tab:blue"), ("gold", "gold: the truth", "tab:orange")):
+    labels = {"score": "proxy: the preference model's score", "gold": "gold: the truth"}
+    for (name, label), color in zip(labels.items(), ("tab:blue", "tab:orange")):
         if name in history[0]:
             axes[0, 0].plot(steps, [m[name] for m in history], color=color, label=label)
             axes[0, 1].plot(root_kl, [m[name] for m in history], ".", color=color, label=label)
     axes[1, 0].plot(steps, [m["kl"] for m in history], color="tab:green")
     axes[1, 1].plot(steps, [m["entropy"] for m in history], color="tab:red", label="entropy, nats per token")
     axes[1, 1].plot(steps, [m["beta"] for m in history], color="tab:purple", label="beta")
-    for axis, x, y in zip(axes.flat, ("iteration", "square root of the KL to the reference", "iteration", "iteration"),
-                          ("points", "points", "KL to the reference, nats per response", "")):
-        axis.set(xlabel=x, ylabel=y)
+    for axis, y in zip(axes.flat, ("points", "points", "KL to the reference, nats per response", "")):
+        axis.set(xlabel="iteration", ylabel=y)
         axis.grid(alpha=0.3)
+    axes[0, 1].set(xlabel="square root of the KL to the reference")
     for axis in (axes[0, 0], axes[0, 1], axes[1, 1]):
         axis.legend()
     if path:
@@ -1186,17 +1259,17 @@ def parse(argv):
 
     def complain(message):
         raise ValueError(message)
-    parser = HfArgumentParser(Config, description="RLAIF with PPO. Every setting, with its unit, default and source:")
+    parser = HfArgumentParser(Config, description="RLAIF with PPO. Sources: see Config in rlaif.py.")
     parser.error = complain
     config = parser.parse_args_into_dataclasses(argv)[0]
     for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return resumed(config, vars(parser.parse_args(argv))) if config.resume else config  # parsed again: what was really given
+        action.default = argparse.SUPPRESS  # parsed again, this leaves what was really given
+    return resumed(config, vars(parser.parse_args(argv))) if config.resume else config
 
 
 def main(argv=None):
-    """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input or settings,
-    130 after Ctrl-C or SIGTERM."""
+    """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
+    or settings, 130 after Ctrl-C or SIGTERM."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1223,17 +1296,20 @@ def main(argv=None):
 
 
 def run_and_report(config):
-    """What the command line does: load, measure, train under a progress bar, measure again, write and print the report."""
+    """What the command line does: load, measure, train under a progress bar, measure again, write and print
+    the report."""
     config = check_config(config)
     device, out = pick_device(config.device), pathlib.Path(config.out)
     torch.manual_seed(config.seed)
     policy, tokenizer, prompts, held = load_policy_and_prompts(config, device)
-    reference = load(AutoModelForCausalLM, config.reference, "reference", device)[0] if config.reference else policy
+    reference = policy
+    if config.reference:
+        reference, _ = load(AutoModelForCausalLM, config.reference, "reference", device)
     gold = load_function(config.gold, "gold") if config.gold else None
     fluent = getattr(sys.modules[gold.__module__], "is_fluent", None) if gold else None
     score = preference_for(config, device, policy, tokenizer, prompts)
-    measured = {"config": config, "reference": reference, "tokenizer": tokenizer, "prompts": held, "score": score, "gold": gold,
-                "fluent": fluent}
+    measured = {"config": config, "reference": reference, "tokenizer": tokenizer, "prompts": held,
+                "score": score, "gold": gold, "fluent": fluent}
     before, rows_before = evaluate(policy=policy, **measured)
     history = []
     with tqdm(total=config.iterations, desc="PPO", unit="iteration") as progress:
@@ -1251,10 +1327,12 @@ def run_and_report(config):
     write(out / "samples.md", f"{samples}\n\n{summary}\n")
     print(f"\n{samples}\n\n{summary}\n")
     if history:
-        spent = {name: sum(m[f"seconds_{name}"] for m in history) for name in ("generate", "score", "reference", "update")}
-        print("where the time went: " + ", ".join(f"{name} {seconds:.1f} s ({seconds / sum(spent.values()):.0%})"
-                                                  for name, seconds in spent.items())
-              + f"; {config.batch_size * len(history) / sum(spent.values()):.0f} episodes per second")
+        phases = ("generate", "score", "reference", "update")
+        spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in phases}
+        total = sum(spent.values())
+        print("where the time went: " + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})"
+                                                  for phase in phases)
+              + f"; {config.batch_size * len(history) / total:.0f} episodes per second")
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
         draw_history(history, out / "learning_curves.png")
@@ -1263,5 +1341,5 @@ def run_and_report(config):
     print(f"everything is in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
-if __name__ == "__main__" and "__file__" in globals():  # pasted into a notebook cell, this file starts nothing
+if __name__ == "__main__" and "__file__" in globals():  # pasted into a notebook cell, it starts nothing
     sys.exit(main())

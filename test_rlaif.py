@@ -599,7 +599,8 @@ def toy_config(folder, **settings):
     """A run on the letter models: two prompts of different lengths, responses of 1 to 3 tokens."""
     (folder / "prompts.txt").write_text("ab\nc\n")
     return rlaif.Config(**{"prompts": str(folder / "prompts.txt"), "template": "{prompt}", "max_new_tokens": 3, "temperature": 0.7,
-                           "iterations": 3, "batch_size": 8, "minibatch_size": 4, "learning_rate": 1e-2, "device": "cpu", **settings})
+                           "iterations": 3, "batch_size": 8, "minibatch_size": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-5,
+                           "device": "cpu", **settings})
 
 
 def count_a(prompts, responses):
@@ -988,7 +989,7 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
     policy.transformer.h[0].mlp.dropout = torch.nn.Dropout(0.5)
     policy.transformer.h[0].mlp.dropout.eval = lambda: None
     policy.transformer.h[0].mlp.dropout.train = lambda mode=True: policy.transformer.h[0].mlp.dropout  # eval mode does not reach it
-    with pytest.warns(UserWarning, match="the ratio is"):
+    with pytest.warns(UserWarning, match="the ratio is off 1"):
         toy_train(tmp_path, policy=policy, iterations=1)
 
 
@@ -1188,14 +1189,14 @@ BAD_FLAGS = {
     ("--kl_level", "word"): "kl_level",
     ("--iterations", 0): "iterations must be at least 1",
     ("--temperature", 0): "temperature must be greater than 0",
-    ("--gamma", 1.5): "gamma must be at most 1",
+    ("--gamma", 1.5): "gamma must be from 0 to 1",
     ("--template", "no place"): "template must hold {prompt} once",
     ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
     ("--prompts", "empty.txt"): "prompts empty.txt is empty",
     ("--prompts", "blank.txt"): "blank.txt, line 2",
     ("--prompts", "latin.txt"): "latin.txt, line 2: not UTF-8",
-    ("--prompts", "long.txt"): "long.txt, line 2: 15 tokens of prompt and 3 of response are longer than the policy's context of 16",
-    ("--prompts", "other.txt"): "other.txt, line 1: the policy's tokenizer has no tokens",
+    ("--prompts", "long.txt"): "long.txt, line 2: 15 tokens of prompt and 3 of response are longer than the policy's context, 16",
+    ("--prompts", "other.txt"): "other.txt, line 1: the policy's tokenizer cannot write",
     ("--prompts", "broken.jsonl"): "broken.jsonl, line 2",
     ("--policy", "./nowhere"): "there is no folder",
     ("--preference", "policy"): "preference: ",

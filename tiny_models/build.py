@@ -25,7 +25,7 @@ from tiny_models import world
 
 FOLDER = pathlib.Path(__file__).parent
 TEMPLATE = rlaif.Config().template
-POLICY_AND_JUDGE_STEPS = [800, 2000]
+POLICY_AND_JUDGE_STEPS = [1500, 2000]
 
 
 def make_tokenizer():
@@ -199,14 +199,15 @@ def main():
     """Train the three models, or, with --check, only measure the shipped ones (the ceiling is fitted in any case)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure the models that are there and train only the ceiling")
+    parser.add_argument("--preference", action="store_true", help="make only the preference model, from the policy and judge that are there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=2, default=POLICY_AND_JUDGE_STEPS, metavar=("POLICY", "JUDGE"))
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    config = rlaif.Config(pairs=8192)
+    config = rlaif.Config(pairs=16384)
     tokenizer, judge_rng, policy_rng = make_tokenizer(), random.Random(args.seed), random.Random(args.seed + 1)
-    if not args.check:
+    if not (args.check or args.preference):
         (FOLDER / "prompts.txt").write_text("\n".join(world.PROMPTS) + "\n", encoding="utf-8")
         (FOLDER / "heldout_prompts.txt").write_text("\n".join(world.HELDOUT_PROMPTS) + "\n", encoding="utf-8")
         policy = make_gpt2(tokenizer, layers=2)
