@@ -98,7 +98,7 @@ class Config:
     max_new_tokens: int = option(28, "tokens of a response at most")
     temperature: float = option(1.0, "of every softmax, the policy's and the reference's (1: InstructGPT)")
     # the reward
-    beta: float = option(0.3, "price of a nat of KL, in stds of the score if whitened, else in points")
+    beta: float = option(0.2, "price of a nat of KL, in stds of the score if whitened, else in points")
     kl_level: Literal["token", "sequence", "batch"] = option(
         "token", "each token pays its own KL, each last token its response's, or each the batch's mean")
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman 2020)")
@@ -123,7 +123,7 @@ class Config:
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat")
     stop_kl: float = option(math.inf, "nats per token, old to new, that end an iteration's updates; inf: off")
-    learning_rate: float = option(1e-4, "Adam's step size at the start; falls linearly to 0")
+    learning_rate: float = option(6e-4, "Adam's step size at the start; falls linearly to 0")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(1.0, "length to which a longer gradient is cut; inf: off")
     # the run
@@ -1083,7 +1083,8 @@ def load_policy_and_prompts(config, device, policy=None, tokenizer=None):
 def preference_for(config, device, policy, tokenizer, prompts):
     """The preference model of a run: the one it has fitted already, a new one fitted to the judge, or a ready
     one."""
-    if config.judge and not config.resume:
+    fitted = f"{config.resume}/preference"
+    if config.judge and not os.path.isdir(fitted):
         principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
         judge = load(AutoModelForCausalLM, config.judge, "judge", device)
         preference, report = preference_from_judge(config, policy, tokenizer, *judge, principles, prompts)
@@ -1091,11 +1092,11 @@ def preference_for(config, device, policy, tokenizer, prompts):
                    f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
                    f"{report['train_loss']:.3f}, entropy of the labels {report['floor']:.3f}")
         if config.out:
-            preference.model.save_pretrained(f"{config.out}/preference")
-            preference.tokenizer.save_pretrained(f"{config.out}/preference")
+            preference.model.save_pretrained(f"{config.out}/preference.new")
+            preference.tokenizer.save_pretrained(f"{config.out}/preference.new")
+            os.rename(f"{config.out}/preference.new", f"{config.out}/preference")  # whole, or not at all
         return preference
-    folder = f"{config.resume}/preference" if config.judge else config.preference
-    return load_preference(dataclasses.replace(config, preference=folder), device)
+    return load_preference(dataclasses.replace(config, preference=fitted) if config.judge else config, device)
 
 
 def write(path, content):
@@ -1106,7 +1107,10 @@ def write(path, content):
         if isinstance(content, str):
             beside.write_text(content, encoding="utf-8")
         else:
-            torch.save(content, beside)
+            try:
+                torch.save(content, beside)
+            except RuntimeError as error:  # how a full disk shows here
+                raise OSError(f"cannot write {path}: {first_line(error)}") from error
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -1144,8 +1148,6 @@ def resumed(config, given=None):
         saved = Config(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"resume: {path} is not the config of a run: {error}") from error
-    if not (path.parent / "checkpoint.pt").exists():
-        raise ValueError(f"resume: there is no checkpoint in {path.parent} yet; start that run again")
     if given is None:
         given = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
     changed = [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in given.items()
@@ -1157,24 +1159,26 @@ def resumed(config, given=None):
 
 
 def restore(run):
-    """Put a run back where its checkpoint was written, and drop the lines of metrics.jsonl that came after
-    it."""
-    source = pathlib.Path(run.config.resume)
-    try:
-        state = torch.load(source / "checkpoint.pt", map_location=run.device, weights_only=True)
-        run.policy.load_state_dict(state["policy"])
-        run.value.load_state_dict(state["value"])
-        run.optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # a damaged file may fail in any of its readers
-        raise ValueError(f"resume: cannot read {source / 'checkpoint.pt'}: {first_line(error)}") from error
-    run.iteration, run.beta, run.saved = state["iteration"], state["beta"].cpu(), True
-    lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:run.iteration]
+    """Put a run back where its checkpoint was written, or at its start if there is none yet, and drop the
+    lines of metrics.jsonl that came after it."""
+    source, lines = pathlib.Path(run.config.resume), []
+    checkpoint = source / "checkpoint.pt"
+    if checkpoint.exists():
+        try:
+            state = torch.load(checkpoint, map_location=run.device, weights_only=True)
+            run.policy.load_state_dict(state["policy"])
+            run.value.load_state_dict(state["value"])
+            run.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"].cpu())
+        except Exception as error:  # a damaged file may fail in any of its readers
+            raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
+        run.iteration, run.beta, run.saved = state["iteration"], state["beta"].cpu(), True
+        lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     run.out.mkdir(parents=True, exist_ok=True)
     write(run.out / "config.json", json.dumps(dataclasses.asdict(run.config), indent=2))
-    write(run.out / "metrics.jsonl", "".join(lines))
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
+    write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))
 
 
 @torch.no_grad()
@@ -1277,18 +1281,19 @@ def main(argv=None):
     def stop(*_):
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, stop)
-    config = None
+    config = Config()
     try:
         config = parse(argv)
-        if not config.out and not config.resume:
-            config.out = f"runs/seed-{config.seed}"
+        config.out = config.out or f"runs/seed-{config.seed}"
         run_and_report(config)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"rlaif: {error}", file=sys.stderr)
+        kept = f"; the last checkpoint is in {config.out}" if isinstance(error, OSError) else ""
+        print(f"\nrlaif: {first_line(error)}{kept}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        folder = config and (config.resume or config.out)
-        print(f"\nrlaif: stopped; go on with: python rlaif.py --resume {folder}", file=sys.stderr)
+        begun = os.path.exists(f"{config.out}/config.json")
+        print("\nrlaif: stopped" + f"; go on with: python rlaif.py --resume {config.out}" * begun,
+              file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig,
                           GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen2ForCausalLM, Qwen2ForSequenceClassification)
@@ -1086,7 +1086,7 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
     policy, tokenizer = rlaif.load(AutoModelForCausalLM, str(HERE / "tiny_models/policy"), "policy", "cpu")
     config = rlaif.Config(policy=str(HERE / "tiny_models/policy"), preference=str(HERE / "tiny_models/preference"), device="cpu",
                           prompts=str(HERE / "tiny_models/prompts.txt"), eval_prompts=str(HERE / "tiny_models/heldout_prompts.txt"),
-                          iterations=8, learning_rate=2e-4, eval_samples=8)
+                          iterations=8, eval_samples=8)
     preference = rlaif.load_preference(config, "cpu")
     measured = {"config": config, "reference": copy.deepcopy(policy), "tokenizer": tokenizer, "prompts": world.HELDOUT_PROMPTS,
                 "score": preference, "gold": world.gold_scores, "fluent": world.is_fluent}

@@ -160,7 +160,7 @@ def exact(beta, seed):
 # The arms: name of the experiment -> {label: (settings, how)}
 # ---------------------------------------------------------------------------------------------------------------------
 
-BETAS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+BETAS = (0.0, 0.05, 0.2, 0.5, 1.0, 3.0)
 EXACT_BETAS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
 DEFAULT = rlaif.Config()
 
@@ -191,6 +191,8 @@ ARMS = {
     "clip": {f"clip {clip:g}, {epochs} epochs": (short(clip=clip, ppo_epochs=epochs), {})
              for clip, epochs in ((0.05, 4), (0.2, 4), (1.0, 4), (math.inf, 4), (0.2, 1), (0.2, 8), (math.inf, 8))}
             | {"REINFORCE with a baseline": (short(clip=math.inf, ppo_epochs=1, minibatch_size=64, lam=1.0), {})},
+    "epsilon": {f"epsilon {epsilon:g}, learning rate {rate:g}": (short(adam_epsilon=epsilon, learning_rate=rate), {})
+                for epsilon, rate in ((1e-5, 2e-4), (1e-4, 3e-4), (1e-3, 6e-4))},
     "exact": {f"beta {beta:g}": ({}, {"exact": beta}) for beta in EXACT_BETAS},
 }
 
@@ -279,6 +281,7 @@ COLUMNS = {  # name of the experiment -> {column: function of one result}
     "gae": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "explained variance": over_training("explained_variance", statistics.mean)},
     "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "mean approximate KL old to new": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
              "largest": over_training("approx_kl", lambda x: 1000 * max(x))},
+    "epsilon": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "EOS": measured("eos_fraction")},
     "exact": {"reward": measured("reward"), "best reward": measured("best reward"), "KL": KL, "best KL": measured("best kl"), "gap closed": measured("gap closed")},
 }
 
