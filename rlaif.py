@@ -123,9 +123,9 @@ class Config:
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat")
     stop_kl: float = option(math.inf, "nats per token, old to new, that end an iteration's updates; inf: off")
-    learning_rate: float = option(6e-4, "Adam's step size at the start; falls linearly to 0")
+    learning_rate: float = option(5e-4, "Adam's step size at the start; falls linearly to 0")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
-    max_grad_norm: float = option(1.0, "length to which a longer gradient is cut; inf: off")
+    max_grad_norm: float = option(0.3, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
     device: str = option("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")

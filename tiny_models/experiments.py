@@ -192,7 +192,7 @@ ARMS = {
              for clip, epochs in ((0.05, 4), (0.2, 4), (1.0, 4), (math.inf, 4), (0.2, 1), (0.2, 8), (math.inf, 8))}
             | {"REINFORCE with a baseline": (short(clip=math.inf, ppo_epochs=1, minibatch_size=64, lam=1.0), {})},
     "epsilon": {f"epsilon {epsilon:g}, learning rate {rate:g}": (short(adam_epsilon=epsilon, learning_rate=rate), {})
-                for epsilon, rate in ((1e-5, 2e-4), (1e-4, 3e-4), (1e-3, 6e-4))},
+                for epsilon, rate in ((1e-5, 2e-4), (1e-4, 3e-4), (1e-3, 5e-4))},
     "exact": {f"beta {beta:g}": ({}, {"exact": beta}) for beta in EXACT_BETAS},
 }
 
