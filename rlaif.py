@@ -44,6 +44,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -91,7 +92,7 @@ class Config:
     preference_epochs: int = option(3, "passes over the labelled pairs")
     preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
     # the rollout
-    iterations: int = option(60, "rounds of generate, score and update")
+    iterations: int = option(80, "rounds of generate, score and update")
     batch_size: int = option(64, "responses per iteration")
     minibatch_size: int = option(16, "responses per optimizer step")
     ppo_epochs: int = option(4, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
@@ -125,7 +126,7 @@ class Config:
     stop_kl: float = option(math.inf, "nats per token, old to new, that end an iteration's updates; inf: off")
     learning_rate: float = option(5e-4, "Adam's step size at the start; falls linearly to 0")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
-    max_grad_norm: float = option(0.3, "length to which a longer gradient is cut; inf: off")
+    max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
     device: str = option("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
@@ -150,8 +151,7 @@ JUDGE_QUESTION = "{principle}\nUser: {prompt}\n(A) {a}\n(B) {b}\nThe better resp
 
 @torch.no_grad()
 def ask_judge(judge, tokenizer, questions):
-    """The probability that a judge answers A rather than B to each question (list of N str) -> (N,), in [0,
-    1].
+    """The probability that a judge answers A rather than B to each of N questions (str) -> (N,), in [0, 1].
 
     Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
     that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
@@ -212,8 +212,7 @@ def preference_loss(scores_a, scores_b, prob_a):
 
 
 class PreferenceModel:
-    """r(x, y): a sequence classifier with one output reads template + response as text, so its tokenizer may
-    be any.
+    """r(x, y): a sequence classifier with one output. It reads text, so its tokenizer may be any.
 
     Called with lists of N prompts and N responses, it returns a list of N floats: the score callable of
     `train`. `ended` says which responses ended with an EOS of the policy's; those get the preference model's
@@ -231,8 +230,7 @@ class PreferenceModel:
         return [row + eos * bool(end) for row, end in zip(rows, ended, strict=True)]
 
     def scores(self, rows):
-        """Scores of N lists of token ids -> (N,) with gradient: the head at the last real token, known from
-        the lengths."""
+        """Scores of N lists of token ids -> (N,), with gradient: the head at the last real token of each."""
         ids, mask = pad(rows, "right", self.model.device)  # (N, L)
         if not hasattr(self.model, "score"):  # an encoder, which pools by itself and looks at the mask
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
@@ -250,8 +248,7 @@ class PreferenceModel:
 
 
 def new_preference_model(policy, tokenizer, template):
-    """A preference model that starts from the policy's trunk, with a fresh head: normal, std 1/sqrt(D + 1)
-    (N+)."""
+    """A preference model that starts from the policy's trunk; head: normal, std 1/sqrt(D + 1) (N+)."""
     config = copy.deepcopy(policy.config)
     config.num_labels, config.architectures = 1, None
     model = AutoModelForSequenceClassification.from_config(config)
@@ -262,8 +259,7 @@ def new_preference_model(policy, tokenizer, template):
 
 def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
                    learning_rate=1e-3):
-    """Fit a preference model, in place, to labels (N,) on pairs of samples; a sample is (list of N responses,
-    list of ended).
+    """Fit a preference model, in place, to labels (N,) on N pairs of samples, each (responses, ended).
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
     std 1; their mean is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees
@@ -292,7 +288,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
     report = {
         "accuracy": ((a > b) == (p > 0.5))[held][(p[held] - 0.5).abs() > 0.25].float().mean().item(),
         "loss": preference_loss(a[held], b[held], p[held]).item(),
-        "train_loss": sum(losses[-len(losses) // epochs:]) / len(losses[-len(losses) // epochs:]),
+        "train_loss": sum(losses[-len(losses) // epochs:]) / -(-len(losses) // epochs),  # of the last epoch
         "floor": torch.distributions.Bernoulli(p).entropy().mean().item(),
     }
     with torch.no_grad():
@@ -301,8 +297,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
 
 
 def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, constitution, prompts):
-    """The AI half of RLAIF: the policy samples pairs, the judge labels them, a new preference model learns
-    the labels.
+    """The AI half of RLAIF: the policy samples pairs, the judge labels them, a preference model is fitted.
 
     Returns the PreferenceModel and a dict of what happened: the pairs, their labels and the report of
     `fit_preference`.
@@ -313,7 +308,7 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
         responses, ended = [], []
         for start in tqdm(range(0, len(prompts), 256), desc=f"sampling replies {side}", unit="batch"):
             batch = prompts[start:start + 256]
-            _, _, tokens, mask, texts, ends = respond(policy, tokenizer, batch, config)
+            *_, texts, ends = respond(policy, tokenizer, batch, config)
             responses, ended = responses + texts, ended + ends.tolist()
         samples.append((responses, ended))
     (a, _), (b, _) = samples
@@ -332,9 +327,11 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
 
 
 class ValueFunction(nn.Module):
-    """V(x, y_<t): what the policy can expect from here on. One linear head on D hidden units, of the policy's
-    own trunk (`trunk` None: shared) or of a separate one that reads the same tokens. A zero head starts every
-    value at 0 (OAI)."""
+    """V(x, y_<t): what the policy can expect from here on.
+
+    One linear head on D hidden units, of the policy's own trunk (`trunk` None: shared) or of a separate one
+    that reads the same tokens. A zero head starts every value at 0 (OAI).
+    """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
         super().__init__()
@@ -346,12 +343,12 @@ class ValueFunction(nn.Module):
             nn.init.normal_(self.head.weight, std=(hidden_size + 1) ** -0.5)  # N+
 
     def forward(self, hidden):
-        return self.head(hidden).squeeze(-1).float()  # (B, T, D) -> (B, T)
+        values = self.head(hidden).squeeze(-1)  # (B, T, D) -> (B, T)
+        return values if values.dtype == torch.float64 else values.float()
 
 
 def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None):
-    """One forward pass over prompts (B, P) and responses (B, T) -> logits (B, T, V) and values (B, T), or
-    None without `value`.
+    """One forward pass over prompts (B, P) and responses (B, T) -> logits (B, T, V), values (B, T) or None.
 
     Both stand in the responses' own frame: at t they have read the prompt and y_<t, and are about y_t.
     """
@@ -380,8 +377,7 @@ def position_ids(attention_mask):
 
 @torch.no_grad()
 def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id, temperature=1.0):
-    """Sample a response to each left-padded prompt: (B, P) -> tokens (B, T), mask (B, T) bool, T the longest
-    one drawn.
+    """Sample a response to each left-padded prompt: (B, P) -> tokens (B, T), mask (B, T); T is the longest.
 
     Plain categorical sampling from softmax(logits / temperature): no top-k, no top-p, no minimum length,
     because whatever bends the sampling away from the policy makes the sampled KL wrong, even negative.
@@ -415,8 +411,8 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
 
 
 def respond(policy, tokenizer, prompts, config):
-    """Responses to a list of B prompts -> input_ids, attention_mask (B, P), tokens, mask (B, T), texts
-    (list), ended (B,)."""
+    """Responses to B prompts -> input_ids, attention_mask (B, P), tokens, mask (B, T), B texts, ended
+    (B,)."""
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
     input_ids, attention_mask = pad(rows, "left", policy.device)
     eos = tokenizer.eos_token_id
@@ -434,15 +430,13 @@ def respond(policy, tokenizer, prompts, config):
 
 
 def tokenize(tokenizer, texts):
-    """Texts as lists of token ids, with the BOS that a tokenizer adds and without the EOS: the text goes
-    on."""
+    """Texts as lists of token ids, with the BOS that a tokenizer adds but no EOS: the text goes on."""
     rows = tokenizer(texts).input_ids
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
 def decode(tokenizer, prompt_rows, response_rows):
-    """The text of each response. It is cut from prompt + response, as some tokenizers drop a first space when
-    alone."""
+    """The text of each response, cut from prompt + response: alone, some tokenizers drop its first space."""
     def text(rows):
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     whole = text([prompt + response for prompt, response in zip(prompt_rows, response_rows)])
@@ -450,8 +444,7 @@ def decode(tokenizer, prompt_rows, response_rows):
 
 
 def pad(rows, side, device):
-    """Lists of token ids -> ids and attention mask, (N, L) each. The mask is made from lengths; the filler's
-    id is any."""
+    """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths."""
     width = max(len(row) for row in rows)
     fills = [[0] * (width - len(row)) for row in rows]
     left = side == "left"
@@ -461,8 +454,7 @@ def pad(rows, side, device):
 
 
 def chunks_of_like_length(rows, size=256):
-    """Split the indices of `rows` into lists of at most `size`, neighbours in length together, so that little
-    is padded."""
+    """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[i:i + size] for i in range(0, len(order), size)]
 
@@ -473,8 +465,7 @@ def balanced_draw(n, k):
 
 
 def score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration):
-    """Score every prefix of every response as text -> (B, T); on the last token stands the response's own
-    score (B,)."""
+    """The score of every prefix, read as text -> (B, T), and on the last token that of the response (B,)."""
     prompt_rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool())]
     at = mask.nonzero().tolist()  # (row, t) of every real token
     prefix_rows = [tokens[b, :t + 1].tolist() for b, t in at]
@@ -491,8 +482,7 @@ def score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: logits (B, T, V), tokens (B, T) -> (B, T). Half precision is upcast to
-    float32.
+    """log pi(y_t | x, y_<t) in nats: logits (B, T, V), tokens (B, T) -> (B, T). Half precision is upcast.
 
     log softmax(logits / temperature) at the tokens. One function for the old policy, the new one and the
     reference, so that all are the distribution that was sampled from; dividing on one side only makes the
@@ -790,7 +780,7 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             run.beta = update_beta(run.beta, metrics["kl"], config.kl_target, config.kl_horizon, len(mask))
         elif config.beta_control == "prompt":
             n = torch.bincount(index, minlength=len(run.prompts))  # (N,) responses to each prompt
-            prompt_kl = torch.bincount(index, sequence_kl.double().cpu(), len(run.prompts)) / n.clamp(min=1)
+            prompt_kl = torch.bincount(index, sequence_kl.cpu().double(), len(run.prompts)) / n.clamp(min=1)
             run.beta = update_beta(run.beta, prompt_kl, config.kl_target, config.kl_horizon, n)
         record(run, metrics)
         yield metrics
@@ -834,8 +824,8 @@ def check_config(config):
     if config.minibatch_size > config.batch_size:
         raise ValueError(f"minibatch_size {config.minibatch_size} is larger than batch_size "
                          f"{config.batch_size}")
-    if config.template.count("{prompt}") != 1:
-        raise ValueError(f"template must hold {{prompt}} once, got {config.template!r}")
+    if config.template.count("{prompt}") != 1 or re.search("[{}]", config.template.replace("{prompt}", "")):
+        raise ValueError(f"template must hold {{prompt}} once and no other brace, got {config.template!r}")
     files = [f"{config.out}/{name}" for name in ("config.json", "metrics.jsonl")]
     if config.out and not config.resume and any(map(os.path.exists, files)):
         raise ValueError(f"out: {config.out} already holds a run; go on with it by --resume {config.out}, "
@@ -1026,7 +1016,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
             raise ValueError("value: 'preference' needs a preference model with the policy's own tokenizer")
         trunk = copy.deepcopy(score.model.base_model)
     run.value = ValueFunction((trunk or run.policy).config.hidden_size, trunk, config.value_head)
-    run.value.to(run.device).eval().requires_grad_(True)
+    run.value.to(run.device, run.policy.dtype).eval().requires_grad_(True)
     run.score, run.gold = scorer(score, "score", run), None
     gold = gold or (config.gold and load_function(config.gold, "gold"))
     if gold:

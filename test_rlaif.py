@@ -1191,6 +1191,7 @@ BAD_FLAGS = {
     ("--temperature", 0): "temperature must be greater than 0",
     ("--gamma", 1.5): "gamma must be from 0 to 1",
     ("--template", "no place"): "template must hold {prompt} once",
+    ("--template", "{prompt} {"): "template must hold {prompt} once",
     ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
     ("--prompts", "empty.txt"): "prompts empty.txt is empty",
     ("--prompts", "blank.txt"): "blank.txt, line 2",

@@ -27,7 +27,7 @@ from tiny_models import world
 FOLDER = pathlib.Path(__file__).parent
 RESULTS = pathlib.Path("runs/experiments.jsonl")
 SEEDS = (0, 1, 2)
-SHORT = {"iterations": 30}  # the learning rate falls to 0 over these, as it does over the default 60
+SHORT = {"iterations": 30}  # the learning rate falls to 0 over these, as it does over the default 80
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ COLUMNS = {  # name of the experiment -> {column: function of one result}
               "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x))},
     "labels": {"gold": GOLD, "proxy (shipped)": PROXY, "KL": KL, "length": measured("length"), "fluent": FLUENT},
     "stale": {"gold": GOLD, "peak gold": PEAK, "KL": KL, "fluent": FLUENT,
-              **{f"agreement at {i}": measured(f"agreement {i}") for i in (10, 30, 60)}, "after the refit": measured("agreement after refit")},
+              **{f"agreement at {i}": measured(f"agreement {i}") for i in (10, 40, 80)}, "after the refit": measured("agreement after refit")},
     "direct": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x))},
     "gae": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "explained variance": over_training("explained_variance", statistics.mean)},
     "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "mean approximate KL old to new": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
@@ -355,7 +355,7 @@ def draw(done, name):
             rows = results[0]["best"]
             middle.plot([math.sqrt(row["kl"]) for row in rows], [statistics.mean(r["best"][i]["gold"] for r in results) for i in range(len(rows))],
                         "k--", label="best of n")
-        column = {"beta_control": "spread over prompts", "value": "explained variance, 2nd half", "stale": "agreement at 60", "labels": "length",
+        column = {"beta_control": "spread over prompts", "value": "explained variance, 2nd half", "stale": "agreement at 80", "labels": "length",
                   "beta": "proxy"}.get(name, "KL")
         values = [[x for x in map(COLUMNS[name][column], results) if x is not None] for results in arms.values()]
         right.bar(range(len(arms)), list(map(statistics.mean, values)), yerr=list(map(statistics.pstdev, values)), color=[f"C{i % 10}" for i in range(len(arms))])
