@@ -912,9 +912,9 @@ def first_line(error):
 
 
 def check_fit(model, tokenizer, name):
-    """Raise ValueError if the tokenizer can write an id for which the model has no embedding. Its PAD is
-    never used here."""
-    used = set(tokenizer.get_vocab().values()) - ({tokenizer.pad_token_id} - {tokenizer.eos_token_id})
+    """Raise ValueError if the tokenizer can write an id for which the model has no embedding."""
+    unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
+    used = set(tokenizer.get_vocab().values()) - unused
     rows, top = model.get_input_embeddings().num_embeddings, max(used)
     if top >= rows:
         raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the "

@@ -1175,7 +1175,7 @@ def test_the_whole_pipeline_from_a_judge(tmp_path, capsys, monkeypatch):
     code, out, err = run_main(capsys, "--policy", policy, "--judge", judge, "--prompts", "p.txt", "--constitution", "constitution.txt", "--pairs", 40,
                               "--preference_epochs", 1, *TOY_FLAGS)
     assert code == 0, err
-    assert "agrees with the judge on" in out
+    assert "agrees with the judge" in out
     preference = rlaif.load_preference(rlaif.Config(preference="runs/seed-0/preference"), "cpu")
     assert len(preference(["ab"], ["a"])) == 1
     code, _, err = run_main(capsys, "--resume", "runs/seed-0")
@@ -1367,11 +1367,11 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, capsys, monke
     save_pair(tmp_path / "policy", gpt2(), letters())
     save_pair(tmp_path / "preference", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
     (tmp_path / "p.txt").write_text("ab\nc\n")
-    flags = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, "--iterations", 150, "--save_every", 1]
-    processes = {stop: subprocess.Popen([sys.executable, str(HERE / "rlaif.py"), *map(str, flags), "--out", stop.name], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.PIPE) for stop in (signal.SIGKILL, signal.SIGTERM)}
+    flags = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, "--iterations", 100, "--save_every", 3]
     runs = []
-    for stop, process in processes.items():
+    for stop in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, str(HERE / "rlaif.py"), *map(str, flags), "--out", stop.name], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"})
         metrics = tmp_path / stop.name / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and process.poll() is None:
             time.sleep(0.02)
@@ -1379,8 +1379,8 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, capsys, monke
         _, err = process.communicate(timeout=60)
         assert process.returncode == (130 if stop == signal.SIGTERM else -stop), err
         assert b"Traceback" not in err and (stop == signal.SIGKILL or b"--resume SIGTERM" in err)
-        assert metrics.read_text().count("\n") < 150, "the run was over before it was stopped"
+        assert metrics.read_text().count("\n") < 100, "the run was over before it was stopped"
         code, _, err = run_main(capsys, "--resume", stop.name)
         assert code == 0, err
         runs.append([json.loads(line) for line in metrics.read_text().splitlines()])
-    assert len(runs[0]) == 150 and same_but_for_timings(*runs), "two runs, stopped at different places and resumed, must agree"
+    assert len(runs[0]) == 100 and same_but_for_timings(*runs), "two runs, stopped at different places and resumed, must agree"
