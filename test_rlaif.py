@@ -644,6 +644,15 @@ def test_left_padding_changes_neither_logprobs_nor_values_nor_greedy_replies(arc
                 close(in_batch[b, :n], by_itself[0], "left padding moves the logits or values: position ids counted from 0?", atol=1e-4)
 
 
+def test_a_value_has_read_the_prompt_and_the_tokens_before_its_own():
+    policy, value = gpt2(), rlaif.ValueFunction(32, head="random")
+    ids, tokens = torch.tensor([[0, 1]]), torch.tensor([[2, 0, EOS]])
+    _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), tokens, tokens >= 0, value)
+    for t in range(3):
+        before = torch.cat([ids, tokens[:, :t]], dim=1)
+        close(values[0, t], value.head(policy.transformer(before).last_hidden_state[0, -1])[0], "values are shifted by one token", atol=1e-5)
+
+
 @every_architecture
 def test_greedy_generation_is_that_of_transformers_and_of_no_cache(architecture):
     for seed in range(3):
@@ -910,6 +919,8 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
         assert torch.equal(its_mask, mask) and (values == 0).all() and (gamma, lam) == (config.gamma, config.lam)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         used = whiten(advantages, mask) if config.whiten_advantages else advantages
+        close(sorted(x for call in seen["policy_loss"] for x in torch.where(call[3], call[1], 0.0).sum(1).tolist()),
+              sorted(logprobs.sum(1).tolist()), "the ratio is to the policy that sampled", atol=1e-4)
         close(sorted(row.sum().item() for call in seen["policy_loss"] for row in call[2]), sorted(row.sum().item() for row in used),
               f"{settings}: the policy loss sees other advantages", atol=1e-5)
         close(sorted(row.sum().item() for call in seen["value_loss"] for row in call[2]), sorted(row.sum().item() for row in returns),
@@ -934,6 +945,20 @@ def test_one_optimizer_step_for_each_minibatch_from_fresh_gradients(tmp_path, mo
     assert len(steps) == len(zeroed) == 2 * 3 * 3, "one optimizer step, and fresh gradients, per minibatch"
     rates = [steps[0], steps[-1]]
     assert rates == [1e-2, 0.5e-2], "the learning rate falls linearly to 0"
+
+
+def test_every_epoch_passes_over_the_whole_batch_in_a_new_order(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rlaif, "policy_loss", lambda *args, f=rlaif.policy_loss: (seen.append(round(args[2].sum().item(), 4)), f(*args))[1])
+    toy_train(tmp_path, batch_size=32, minibatch_size=1, ppo_epochs=3, iterations=1, learning_rate=0.0)
+    epochs = [seen[i:i + 32] for i in (0, 32, 64)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]), "an epoch must see every response once"
+    assert epochs[0] != epochs[1] != epochs[2], "the minibatches must be shuffled anew for each epoch"
+
+
+def test_without_value_coef_the_values_do_not_learn(tmp_path):
+    _, metrics = toy_train(tmp_path, value_coef=0.0, value="separate")
+    assert all(m["explained_variance"] < 1e-3 for m in metrics) and metrics[0]["value_loss"] > 0, "value_coef weighs the value loss"
 
 
 def test_gradients_are_cut_to_max_grad_norm(tmp_path, monkeypatch):
