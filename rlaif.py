@@ -517,8 +517,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def update_beta(beta, kl, target, horizon, n):
-    """Steer the price of KL so that `kl` comes to `target` (both in nats per response): float or (N,) -> the
-    same.
+    """Steer the price of KL so that `kl` comes to `target`, nats per response: float or (N,) -> the same.
 
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the
     *reference*. Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
@@ -543,8 +542,7 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask=None, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same shape, 0 outside the
-    mask.
+    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
 
     The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
     has no True. (OAI; "The N Implementation Details of RLHF with PPO")
@@ -804,8 +802,7 @@ LIMITS = {  # what a setting must be -> the settings that must be it
 
 
 def check_config(config):
-    """Return a copy of `config` with its defaults filled in, or raise ValueError with one sentence on what is
-    wrong."""
+    """Return a copy of `config` with its defaults filled in, or raise ValueError in one sentence."""
     off = {name: math.inf for name in MAY_BE_OFF if getattr(config, name) is None}
     config = dataclasses.replace(config, **off)
     for name, kind in typing.get_type_hints(Config).items():
@@ -841,8 +838,7 @@ def check_config(config):
 
 
 def read_lines(path, name):
-    """The lines of a UTF-8 text file. Raises ValueError that names the file, and the line where one is
-    blank."""
+    """The lines of a UTF-8 text file. Raises ValueError that names the file, and a line that is blank."""
     try:
         data = pathlib.Path(path).read_bytes()
     except OSError as error:
@@ -889,8 +885,7 @@ def load_tokenizer(path, name):
 
 
 def load(kind, path, name, device):
-    """A model in eval mode and float32, and its tokenizer, from a folder or the hub. Raises ValueError in one
-    sentence.
+    """A model in eval mode and float32, and its tokenizer, from a folder or the hub. Raises ValueError.
 
     Weights come from safetensors only, nothing pickled is read, and no code of the model folder is run.
     """
@@ -949,12 +944,11 @@ def pick_device(name):
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from error
 
 
 def require_ratio_one(log_ratio, iteration, run):
-    """Warn, loudly, if the ratio (B, T) is not 1 before an iteration's first step: then what is trained did
-    not sample."""
+    """Warn, loudly, if the ratio (B, T) is not 1 before an iteration's first step."""
     worst = (log_ratio.exp() - 1).abs().max()
     if worst > (1e-4 if run.config.dtype == "float32" else 0.05):
         warnings.warn(f"iteration {iteration}: the ratio is off 1 by {worst:.5f} before the first step: the "
@@ -962,8 +956,7 @@ def require_ratio_one(log_ratio, iteration, run):
 
 
 def require_finite(x, what, iteration, run):
-    """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x holds a NaN or an
-    infinity."""
+    """Raise FloatingPointError, naming iteration and last good checkpoint, if x is not finite."""
     if not torch.isfinite(x).all():
         kept = f"the checkpoint in {run.out} is good" if run.saved else "there is no checkpoint yet"
         raise FloatingPointError(f"iteration {iteration}: {what} is not finite; {kept}")
@@ -984,8 +977,7 @@ def scorer(function, name, run):
 
 
 def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
-    """Check everything, load everything, and return what the loop needs, at iteration 0 or where a checkpoint
-    left off."""
+    """Check and load everything -> what the loop needs, at iteration 0 or where a checkpoint left off."""
     config = check_config(resumed(config) if config.resume else config)
     run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
                                 out=pathlib.Path(config.out) if config.out else None)
