@@ -55,8 +55,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.utils.benchmark
 from torch import nn
 from torch.nn.functional import logsigmoid
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -90,7 +92,7 @@ class Config:
     # AI feedback
     pairs: int = option(8192, "pairs of replies that the judge compares")
     preference_epochs: int = option(3, "passes over the labelled pairs")
-    preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
+    preference_learning_rate: float = option(5e-4, "Adam's step size, falling linearly to 0")
     # the rollout
     iterations: int = option(80, "rounds of generate, score and update")
     batch_size: int = option(64, "responses per iteration")
@@ -258,7 +260,7 @@ def new_preference_model(policy, tokenizer, template):
 
 
 def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
-                   learning_rate=1e-3):
+                   learning_rate=5e-4):
     """Fit a preference model, in place, to labels (N,) on N pairs of samples, each (responses, ended).
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
@@ -270,7 +272,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
     prob_a = prob_a.to(preference.model.device)
     held = range(len(prompts) - max(1, len(prompts) // 10), len(prompts))
     steps = [rows for _ in range(epochs) for rows in torch.randperm(held.start).split(minibatch_size)]
-    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(steps))
     losses = []
     for rows in tqdm(steps, desc="preference model", unit="step"):
@@ -411,8 +413,7 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
 
 
 def respond(policy, tokenizer, prompts, config):
-    """Responses to B prompts -> input_ids, attention_mask (B, P), tokens, mask (B, T), B texts, ended
-    (B,)."""
+    """Responses to B prompts: input_ids, attention_mask (B, P), tokens, mask (B, T), texts, ended (B,)."""
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
     input_ids, attention_mask = pad(rows, "left", policy.device)
     eos = tokenizer.eos_token_id
@@ -764,6 +765,7 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             "beta": beta.mean().item(),
             "entropy": entropy.item(),
             **{name: sum(column) / len(updates) for name, column in zip(names, zip(*updates))},
+            "updates": len(updates),
             "explained_variance": (1 - (returns - values)[mask].var() / (returns[mask].var() + 1e-8)).item(),
             "length": mask.sum(dim=1).float().mean().item(),
             "eos_fraction": ended.float().mean().item(),
@@ -1019,7 +1021,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         most = 1 if config.beta_control == "batch" else len(run.prompts)
         update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, -(-config.batch_size // most))
     run.parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon)
+    run.optimizer = torch.optim.Adam(
+        run.parameters, lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
     if config.resume:
         restore(run)
     elif run.out:
@@ -1239,6 +1242,30 @@ def draw_history(history, path=None):
     return figure
 
 
+def where_the_time_went(config, policy, tokenizer, prompts, history):
+    """One line: the seconds of each phase, episodes per second, and how near the updates came to the rate of
+    a large matrix product. A training pass counts as three forward ones."""
+    phases = ("generate", "score", "reference", "update")
+    spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in phases}
+    total = sum(spent.values())
+    batch = [prompts[i] for i in balanced_draw(len(prompts), config.batch_size)]
+    trunk = None if config.value == "shared" else policy.base_model
+    value = ValueFunction(policy.config.hidden_size, trunk).to(policy.device)
+    square = torch.randn(1024, 1024, device=policy.device, dtype=getattr(torch, config.dtype))
+    product = torch.utils.benchmark.Timer("square @ square", globals={"square": square},
+                                          num_threads=torch.get_num_threads()).blocked_autorange()
+    inputs = respond(policy, tokenizer, batch, config)[:4]
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        response_logits(policy, *inputs, value)
+    minibatches = config.batch_size / config.minibatch_size
+    passes = sum(1 + 3 * metrics["updates"] / minibatches for metrics in history)
+    rate = forward.get_total_flops() * passes / spent["update"]
+    return ("where the time went: "
+            + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})" for phase in phases)
+            + f"; {config.batch_size * len(history) / total:.0f} episodes per second; updates at "
+            f"{rate * product.median / (2 * 1024 ** 3):.0%} of the rate of a matrix product")
+
+
 def parse(argv):
     """The command line as a Config, with the settings of the resumed run where one is named."""
     from transformers import HfArgumentParser
@@ -1314,12 +1341,7 @@ def run_and_report(config):
     write(out / "samples.md", f"{samples}\n\n{summary}\n")
     print(f"\n{samples}\n\n{summary}\n")
     if history:
-        phases = ("generate", "score", "reference", "update")
-        spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in phases}
-        total = sum(spent.values())
-        print("where the time went: " + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})"
-                                                  for phase in phases)
-              + f"; {config.batch_size * len(history) / total:.0f} episodes per second")
+        print(where_the_time_went(config, trained, tokenizer, prompts, history))
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
         draw_history(history, out / "learning_curves.png")

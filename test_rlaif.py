@@ -976,8 +976,8 @@ def test_stop_kl_ends_an_iterations_updates(tmp_path, monkeypatch):
     steps = []
     original = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), original(self))[1])
-    toy_train(tmp_path, stop_kl=1e-6, iterations=2, ppo_epochs=4, batch_size=16)
-    assert len(steps) == 2, "the first step moves the policy beyond a tiny stop_kl, so the second must not come"
+    _, metrics = toy_train(tmp_path, stop_kl=1e-6, iterations=2, ppo_epochs=4, batch_size=16)
+    assert len(steps) == sum(m["updates"] for m in metrics) == 2, "the first step moves the policy beyond a tiny stop_kl, so the second must not come"
     steps.clear()
     toy_train(tmp_path, stop_kl=1e6, iterations=2, ppo_epochs=4, batch_size=16)
     assert len(steps) == 2 * 4 * 4
@@ -1181,7 +1181,7 @@ def test_any_policy_with_any_preference_model_and_its_own_tokenizer(architecture
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c", "other": 1}\n')
     code, out, err = run_main(capsys, "--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS)
     assert code == 0, err
-    assert "before" in out and "episodes per second" in out
+    assert "before" in out and "episodes per second" in out and "of the rate of a matrix product" in out
     run = tmp_path / "runs" / "seed-0"
     names = {path.name for path in run.iterdir()}
     assert {"policy", "config.json", "metrics.jsonl", "samples.md", "value.safetensors", "checkpoint.pt"} <= names
@@ -1392,7 +1392,7 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, capsys, monke
     save_pair(tmp_path / "policy", gpt2(), letters())
     save_pair(tmp_path / "preference", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
     (tmp_path / "p.txt").write_text("ab\nc\n")
-    flags = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, "--iterations", 100, "--save_every", 3]
+    flags = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS, "--iterations", 50, "--save_every", 3]
     runs = []
     for stop in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen([sys.executable, str(HERE / "rlaif.py"), *map(str, flags), "--out", stop.name], stdout=subprocess.DEVNULL,
@@ -1404,8 +1404,8 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path, capsys, monke
         _, err = process.communicate(timeout=60)
         assert process.returncode == (130 if stop == signal.SIGTERM else -stop), err
         assert b"Traceback" not in err and (stop == signal.SIGKILL or b"--resume SIGTERM" in err)
-        assert metrics.read_text().count("\n") < 100, "the run was over before it was stopped"
+        assert metrics.read_text().count("\n") < 50, "the run was over before it was stopped"
         code, _, err = run_main(capsys, "--resume", stop.name)
         assert code == 0, err
         runs.append([json.loads(line) for line in metrics.read_text().splitlines()])
-    assert len(runs[0]) == 100 and same_but_for_timings(*runs), "two runs, stopped at different places and resumed, must agree"
+    assert len(runs[0]) == 50 and same_but_for_timings(*runs), "two runs, stopped at different places and resumed, must agree"

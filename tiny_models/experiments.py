@@ -279,8 +279,8 @@ COLUMNS = {  # name of the experiment -> {column: function of one result}
               **{f"agreement at {i}": measured(f"agreement {i}") for i in (10, 40, 80)}, "after the refit": measured("agreement after refit")},
     "direct": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x))},
     "gae": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "explained variance": over_training("explained_variance", statistics.mean)},
-    "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "mean approximate KL old to new": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
-             "largest": over_training("approx_kl", lambda x: 1000 * max(x))},
+    "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "mean approximate KL, old to new, 10⁻³ nats a token": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
+             "largest of it": over_training("approx_kl", lambda x: 1000 * max(x))},
     "epsilon": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "EOS": measured("eos_fraction")},
     "exact": {"reward": measured("reward"), "best reward": measured("best reward"), "KL": KL, "best KL": measured("best kl"), "gap closed": measured("gap closed")},
 }
