@@ -92,7 +92,7 @@ class Config:
     # AI feedback
     pairs: int = option(8192, "pairs of replies that the judge compares")
     preference_epochs: int = option(3, "passes over the labelled pairs")
-    preference_learning_rate: float = option(5e-4, "Adam's step size, falling linearly to 0")
+    preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
     # the rollout
     iterations: int = option(80, "rounds of generate, score and update")
     batch_size: int = option(64, "responses per iteration")
@@ -260,7 +260,7 @@ def new_preference_model(policy, tokenizer, template):
 
 
 def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
-                   learning_rate=5e-4):
+                   learning_rate=1e-3):
     """Fit a preference model, in place, to labels (N,) on N pairs of samples, each (responses, ended).
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
@@ -272,7 +272,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
     prob_a = prob_a.to(preference.model.device)
     held = range(len(prompts) - max(1, len(prompts) // 10), len(prompts))
     steps = [rows for _ in range(epochs) for rows in torch.randperm(held.start).split(minibatch_size)]
-    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(steps))
     losses = []
     for rows in tqdm(steps, desc="preference model", unit="step"):
@@ -1021,8 +1021,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         most = 1 if config.beta_control == "batch" else len(run.prompts)
         update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, -(-config.batch_size // most))
     run.parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(
-        run.parameters, lr=config.learning_rate, eps=config.adam_epsilon, fused=True)
+    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon)
     if config.resume:
         restore(run)
     elif run.out:
