@@ -1295,8 +1295,9 @@ def main(argv=None):
         config.out = config.out or f"runs/seed-{config.seed}"
         run_and_report(config)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        kept = f"; the last checkpoint is in {config.out}" if isinstance(error, OSError) else ""
-        print(f"\nrlaif: {first_line(error)}{kept}", file=sys.stderr)
+        kept = isinstance(error, OSError) and os.path.exists(f"{config.out}/checkpoint.pt")
+        print(f"\nrlaif: {first_line(error)}" + f"; the last checkpoint is in {config.out}" * kept,
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         begun = os.path.exists(f"{config.out}/config.json")
