@@ -875,7 +875,7 @@ def test_the_reference_and_the_preference_model_never_change(tmp_path, monkeypat
 
 def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
     """One iteration, taken apart: every tensor that reaches GAE and the losses is computed here again from the models."""
-    for settings in ({}, {"kl_level": "sequence", "kl_estimator": "k3"}, {"kl_level": "batch", "whiten_scores": False}, {"whiten_advantages": False},
+    for chosen in ({}, {"kl_level": "sequence", "kl_estimator": "k3"}, {"kl_level": "batch", "whiten_scores": False}, {"whiten_advantages": False},
                      {"dense_reward": True}, {"missing_eos_score": math.inf}, {"gamma": 0.9, "lam": 0.5, "kl_estimator": "k2"}):
         seen = {"gae": [], "policy_loss": [], "value_loss": []}
         with monkeypatch.context() as patch:
@@ -886,7 +886,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
             policy, reference = gpt2(seed=0), gpt2(seed=1)
             reference.save_pretrained(tmp_path / "reference")
             letters().save_pretrained(tmp_path / "reference")
-            config = toy_config(tmp_path, iterations=1, ppo_epochs=1, beta=0.7, reference=str(tmp_path / "reference"), learning_rate=0.0, **settings)
+            config = toy_config(tmp_path, iterations=1, ppo_epochs=1, beta=0.7, reference=str(tmp_path / "reference"), learning_rate=0.0, **chosen)
             (metrics,) = rlaif.train(config, score=count_a, gold=lambda p, r: [-x for x in count_a(p, r)], policy=policy, tokenizer=letters())
         input_ids, attention, tokens, mask, texts, ended = generated[0]
         assert 0 < ended.sum() < 8, "the example should hold responses with and without an EOS"
@@ -915,14 +915,14 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
                 elif t == last[b]:
                     expected[b, t] -= 0.7 * (kl[b].sum() if config.kl_level == "sequence" else kl.sum() / 8)
         rewards, values, its_mask, gamma, lam = seen["gae"][0]
-        close(rewards, expected, f"{settings}: the rewards are not score and KL as set", atol=1e-4)
+        close(rewards, expected, f"{chosen}: the rewards are not score and KL as set", atol=1e-4)
         assert torch.equal(its_mask, mask) and (values == 0).all() and (gamma, lam) == (config.gamma, config.lam)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         used = whiten(advantages, mask) if config.whiten_advantages else advantages
         close(sorted(x for call in seen["policy_loss"] for x in torch.where(call[3], call[1], 0.0).sum(1).tolist()),
               sorted(logprobs.sum(1).tolist()), "the ratio is to the policy that sampled", atol=1e-4)
         close(sorted(row.sum().item() for call in seen["policy_loss"] for row in call[2]), sorted(row.sum().item() for row in used),
-              f"{settings}: the policy loss sees other advantages", atol=1e-5)
+              f"{chosen}: the policy loss sees other advantages", atol=1e-5)
         close(sorted(row.sum().item() for call in seen["value_loss"] for row in call[2]), sorted(row.sum().item() for row in returns),
               "the value loss must see the returns as they were before whitening", atol=1e-5)
         close(metrics["score"], raw.mean(), "score is the mean of the raw scores", atol=1e-5)

@@ -262,6 +262,7 @@ def episodes_to(gold):
 
 GOLD, PROXY, KL, FLUENT = measured("gold"), measured("score"), measured("kl"), measured("fluency")
 PEAK = over_training("gold", max)
+SECONDS = over_training("episodes_per_second", lambda x: 64 / statistics.median(x))
 COLUMNS = {  # name of the experiment -> {column: function of one result}
     "beta": {"gold": GOLD, "peak gold": PEAK, "proxy": PROXY, "KL": KL, "fluent": FLUENT, "EOS": measured("eos_fraction")},
     "whitening": {"gold": GOLD, "KL": KL, "fluent": FLUENT},
@@ -269,17 +270,18 @@ COLUMNS = {  # name of the experiment -> {column: function of one result}
     "beta_control": {"gold": GOLD, "KL of the training prompts": measured("kl of the training prompts"),
                      "spread over prompts": measured("kl spread over prompts"), "last beta": over_training("beta", lambda x: x[-1])},
     "value": {"gold": GOLD, "KL": KL, "explained variance, 2nd half": over_training("explained_variance", lambda x: statistics.mean(x[len(x) // 2:])),
-              "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x)),
+              "seconds per iteration": SECONDS,
               "parameters, millions": lambda result: result["measured"]["parameters"] / 1e6},
     "estimator": {"gold": GOLD, "KL": KL, "fluent": FLUENT},
     "dense": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "explained variance": over_training("explained_variance", statistics.mean),
-              "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x))},
+              "seconds per iteration": SECONDS},
     "labels": {"gold": GOLD, "proxy (shipped)": PROXY, "KL": KL, "length": measured("length"), "fluent": FLUENT},
     "stale": {"gold": GOLD, "peak gold": PEAK, "KL": KL, "fluent": FLUENT,
               **{f"agreement at {i}": measured(f"agreement {i}") for i in (10, 40, 80)}, "after the refit": measured("agreement after refit")},
-    "direct": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "seconds per iteration": over_training("episodes_per_second", lambda x: 64 / statistics.median(x))},
+    "direct": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "seconds per iteration": SECONDS},
     "gae": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "explained variance": over_training("explained_variance", statistics.mean)},
-    "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2), "mean approximate KL, old to new, 10⁻³ nats a token": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
+    "clip": {"gold": GOLD, "KL": KL, "episodes to gold 2": episodes_to(2),
+             "mean approximate KL, old to new, 10⁻³ nats a token": over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
              "largest of it": over_training("approx_kl", lambda x: 1000 * max(x))},
     "epsilon": {"gold": GOLD, "KL": KL, "fluent": FLUENT, "EOS": measured("eos_fraction")},
     "exact": {"reward": measured("reward"), "best reward": measured("best reward"), "KL": KL, "best KL": measured("best kl"), "gap closed": measured("gap closed")},
