@@ -272,7 +272,7 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
     prob_a = prob_a.to(preference.model.device)
     held = range(len(prompts) - max(1, len(prompts) // 10), len(prompts))
     steps = [rows for _ in range(epochs) for rows in torch.randperm(held.start).split(minibatch_size)]
-    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(steps))
     losses = []
     for rows in tqdm(steps, desc="preference model", unit="step"):
@@ -1021,7 +1021,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         most = 1 if config.beta_control == "batch" else len(run.prompts)
         update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, -(-config.batch_size // most))
     run.parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon)
+    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon,
+                                     fused=True)
     if config.resume:
         restore(run)
     elif run.out:

@@ -47,15 +47,15 @@ def make_tokenizer():
 
 
 def make_gpt2(tokenizer, layers, width=128):
-    """A GPT-2 with fresh weights and no dropout."""
+    """A GPT-2 with fresh weights, no dropout, and GPT-2's own activation as one kernel instead of eight."""
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        attn_pdrop=0, activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
 def fit(model, trained, losses, steps, learning_rate, name):
     """Take `steps` steps down an iterator of losses, with all parameters of the module `trained`: warm-up, then cosine decay."""
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     progress, average = tqdm(range(steps), desc=name), None
     for _ in progress:
