@@ -18,8 +18,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
+from tokenizers import Tokenizer, decoders, models
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rlaif
 from tiny_models import world
@@ -372,12 +373,95 @@ def draw(done, name):
     figure.savefig(FOLDER / "figures" / f"{name}.png", dpi=75)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZE = {"layers": 2, "width": 128, "batch": 64, "length": 28, "value": "shared"}
+SPEEDS = [{**SIZE, name: value} for name, values in {
+    "batch": (16, 64, 256, 512), "length": (8, 28, 64, 128), "layers": (1, 2, 4, 8), "width": (64, 128, 256, 512)}.items() for value in values]
+SIDE_BY_SIDE = [{**SIZE, "layers": layers, "value": value} for layers in (2, 4) for value in ("shared", "separate")]
+
+
+def random_work(layers, width, classes=None):
+    """A GPT-2 with fresh weights over 256 tokens, each a character of its own, and its tokenizer. There is no EOS, so that every
+    response has its full length."""
+    tokenizer = Tokenizer(models.BPE({chr(0x4E00 + i): i for i in range(256)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    config = GPT2Config(vocab_size=256, n_positions=256, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                        activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=None, pad_token_id=0, num_labels=1)
+    model = GPT2ForSequenceClassification(config) if classes else GPT2LMHeadModel(config)
+    return model.eval(), PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=chr(0x4E00))
+
+
+def speed_here(iterations, layers, width, batch, length, value):
+    """Seconds of each iteration of `rlaif.train` on prompts of 12 tokens, and the line that says where they went."""
+    torch.manual_seed(0)
+    (policy, tokenizer), scorer = random_work(layers, width), random_work(layers, width, classes=1)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = ["".join(map(chr, row)) for row in torch.randint(0x4E01, 0x4F00, (256, 12)).tolist()]
+        pathlib.Path(folder, "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+        config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch,
+                              max_new_tokens=length, value=value, device="cpu", learning_rate=1e-6)
+        history = list(rlaif.train(config, score=rlaif.PreferenceModel(*scorer, "{prompt}"), policy=policy, tokenizer=tokenizer))
+    where = rlaif.where_the_time_went(config, policy, tokenizer, prompts, history)
+    return [batch / metrics["episodes_per_second"] for metrics in history], where
+
+
+def speed_of_trl(iterations, layers, width, batch, length):
+    """Seconds of each iteration of TRL 1.12.0's PPOTrainer on the same work: same models, prompts, epochs and minibatches."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    torch.manual_seed(0)
+    (policy, tokenizer), (reference, _) = random_work(layers, width), random_work(layers, width)
+    (scorer, _), (value, _) = random_work(layers, width, classes=1), random_work(layers, width, classes=1)
+    clock = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.append(time.perf_counter())
+    with tempfile.TemporaryDirectory() as folder:
+        config = PPOConfig(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=1, num_mini_batches=batch // 16, num_ppo_epochs=4,
+                           total_episodes=batch * iterations, response_length=length, local_rollout_forward_batch_size=batch, learning_rate=1e-6,
+                           num_sample_generations=0, report_to="none", use_cpu=True, bf16=False, save_strategy="no", logging_strategy="no")
+        prompts = datasets.Dataset.from_dict({"input_ids": torch.randint(1, 256, (1024, 12)).tolist()})
+        PPOTrainer(config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scorer, value_model=value,
+                   train_dataset=prompts, eval_dataset=prompts.select(range(batch)), callbacks=[Clock()]).train()
+    return [end - start for start, end in zip(clock, clock[1:])]
+
+
+def speed():
+    """Print episodes per second as the work grows, and, where TRL 1.12.0 is installed, beside it: in turns, in this one process."""
+    torch.set_num_threads(2)
+    print("\n| layers | width | batch | length | episodes per second | where the time went |\n|---|---|---|---|---|---|")
+    for size in SPEEDS:
+        seconds, where = speed_here(4, **size)
+        print(f"| {size['layers']} | {size['width']} | {size['batch']} | {size['length']} | {size['batch'] / statistics.median(seconds[1:]):.0f} "
+              f"| {where.split(': ')[1]} |", flush=True)
+    try:
+        import trl
+    except ImportError:
+        return print("\nno comparison: it needs trl==1.12.0")
+    print(f"\n| layers | value | episodes per second | TRL {trl.__version__} | ratio of medians |\n|---|---|---|---|---|")
+    for size in SIDE_BY_SIDE:
+        here, there = [], []
+        for _ in range(3):  # in turns; the first iteration of each warms up
+            here += speed_here(6, **size)[0][1:]
+            there += speed_of_trl(6, **{name: size[name] for name in ("layers", "width", "batch", "length")})
+        here, there = (size["batch"] / statistics.median(seconds) for seconds in (here, there))
+        print(f"| {size['layers']} | {size['value']} | {here:.0f} | {there:.0f} | {here / there:.2f} |", flush=True)
+
+
 def main():
     """Run what is not done yet, then print and write the tables and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(ARMS), help="run one experiment")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one core")
+    parser.add_argument("--speed", action="store_true", help="measure how the cost grows, on random models; no experiment is run")
     args = parser.parse_args()
+    if args.speed:
+        return speed()
     names = [args.only] if args.only else list(ARMS)
     done = load_results()
     todo = [job for name, job in jobs_of(names).items() if name not in done]
