@@ -125,7 +125,8 @@ class Config:
     value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat")
-    stop_kl: float = option(math.inf, "nats per token, old to new, that end an iteration's updates; inf: off")
+    stop_kl: float = option(
+        0.02, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
     learning_rate: float = option(5e-4, "Adam's step size at the start; falls linearly to 0")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
