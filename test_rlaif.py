@@ -274,6 +274,7 @@ def test_token_logprobs_are_those_of_the_categorical_that_was_sampled(device, B,
     expected = torch.distributions.Categorical(logits=logits / temperature)
     close(token_logprobs(logits, tokens, temperature), expected.log_prob(tokens), "not log softmax(logits / temperature) at the tokens")
     close(rlaif.token_entropy(logits, temperature), expected.entropy(), "not the entropy of softmax(logits / temperature)")
+    close(rlaif.token_entropy(logits), torch.distributions.Categorical(logits=logits).entropy(), "without a temperature it is 1")
     assert token_logprobs(logits.bfloat16(), tokens).dtype == torch.float32, "half precision must be upcast"
     assert rlaif.token_entropy(logits.half()).dtype == torch.float32, "half precision must be upcast"
     close(token_logprobs(logits.bfloat16(), tokens), token_logprobs(logits.bfloat16().float(), tokens), "upcast before the softmax, not after")
@@ -546,6 +547,7 @@ def test_beta_by_hand_and_at_its_limit():
         with pytest.raises(ValueError):
             update_beta(**{"beta": 0.1, "kl": 1.0, "target": 1.0, "horizon": 10, "n": 1, **bad})
     assert update_beta(0.1, 1.0, 2.0, 10, 49) > 0
+    assert update_beta(torch.ones(2), torch.tensor([1.0, 3.0]), 2.0, 10, 1).dtype == torch.float32, "beta keeps its dtype"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,8 +702,20 @@ def test_a_response_is_true_up_to_and_with_its_eos_and_pad_follows(eos):
         assert real == [t < length for t in range(len(row))], "the mask must hold the EOS and nothing after it"
         assert all(token == 2 for token in row[length:]), "PAD follows the EOS"
     assert mask[:, -1].any(), "T is the longest response drawn"
+    assert generate(gpt2(), ids, torch.ones_like(ids), 1, eos, 2)[0].shape == (64, 1), "a single token is a response"
     with pytest.raises(ValueError):
         generate(gpt2(), ids, torch.ones_like(ids), 0, eos, 2)
+
+
+@pytest.mark.parametrize("dtype,expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_a_model_in_half_precision_is_sampled_and_valued_in_float32(dtype, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda probs, n, f=torch.multinomial: (seen.append(probs.dtype), f(probs, n))[1])
+    policy, value, ids = gpt2().to(dtype), rlaif.ValueFunction(32).to(dtype), torch.tensor([[0, 1]])
+    generate(policy, ids, torch.ones_like(ids), 3, EOS, 2)
+    assert set(seen) == {expected}, "the probabilities must be float32 at least"
+    _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), ids, ids > -1, value)
+    assert values.dtype == expected, "values must be float32 at least"
 
 
 def test_pad_may_be_eos_because_masks_come_from_lengths():
@@ -757,7 +771,7 @@ def test_the_gradient_of_a_minibatch_is_that_of_its_rows_weighted_by_their_token
 # The AI side: judge and preference model
 # ---------------------------------------------------------------------------------------------------------------------
 
-ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinx"))
+ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinxX"))
 
 
 def random_judge(seed=0, **special):
@@ -779,17 +793,17 @@ def test_a_comparison_keeps_its_principle_in_both_orders(monkeypatch):
     asked = []
     monkeypatch.setattr(rlaif, "ask_judge", lambda judge, tokenizer, questions: (asked.append(questions), torch.full((len(questions),), 0.9))[1])
     torch.manual_seed(0)
-    labels = rlaif.judge_pairs(None, None, rlaif.CONSTITUTION, ["q"] * 20, [f" a{i}" for i in range(20)], [f" b{i}" for i in range(20)])
+    labels = rlaif.judge_pairs(None, None, rlaif.CONSTITUTION, [f"q{i}" for i in range(20)], [f" a{i}" for i in range(20)], [f" b{i}" for i in range(20)])
     close(labels, torch.full((20,), 0.5), "a judge that always says A says nothing", atol=1e-6)
     for i, (one, other) in enumerate(zip(*asked)):
         assert one.splitlines()[0] == other.splitlines()[0], "the two orders of a comparison must share one principle"
-        assert f"(A) a{i}\n(B) b{i}\n" in one and f"(A) b{i}\n(B) a{i}\n" in other, "the second order must swap the responses"
+        assert f"User: q{i}\n(A) a{i}\n(B) b{i}\n" in one and f"User: q{i}\n(A) b{i}\n(B) a{i}\n" in other, "the second order must swap the responses"
     assert len({one.splitlines()[0] for one in asked[0]}) > 1, "a principle is drawn for each comparison"
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_judge_is_read_at_the_first_token_in_which_the_answers_differ(chat):
-    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<tutti>" if chat else None
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<tutti>{% endif %}" if chat else None
     judge, tokenizer = random_judge(chat_template=template)
     questions = ["ab", "cdefgh"]
     prompt = ["<user>ab<tutti>", "<user>cdefgh<tutti>"] if chat else ["ab ", "cdefgh "]  # " A" and " B" differ after the space
@@ -893,6 +907,8 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
             (metrics,) = rlaif.train(config, score=count_a, gold=lambda p, r: [-x for x in count_a(p, r)], policy=policy, tokenizer=letters())
         input_ids, attention, tokens, mask, texts, ended = generated[0]
         assert 0 < ended.sum() < 8, "the example should hold responses with and without an EOS"
+        assert ended.tolist() == [EOS in row for row in torch.where(mask, tokens, -1).tolist()], "a response has ended if it holds an EOS"
+        assert not (mask & (tokens == EOS))[:, :-1][mask[:, 1:]].any(), "a response ends at its first EOS"
         logprobs, ref, entropies = torch.zeros(mask.shape), torch.zeros(mask.shape), []
         for b, t in mask.nonzero().tolist():
             ids = torch.cat([input_ids[b][attention[b].bool()], tokens[b, :t]])[None]
@@ -1375,6 +1391,20 @@ def test_a_response_is_cut_from_the_whole_text_with_its_first_space():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     assert tokenizer.decode([1, 1]) == "b b", "this tokenizer drops the first space"
     assert rlaif.decode(tokenizer, [[0]], [[1, 1, 2]]) == [" b b"]
+    assert rlaif.decode(letters("a .", clean_up_tokenization_spaces=True), [[0]], [[1, 2, 3]]) == [" ."], "the space before a full stop is the response's own"
+
+
+def test_a_prefix_is_scored_as_a_response_that_has_not_ended(tmp_path):
+    seen = []
+
+    class Recorder(rlaif.PreferenceModel):
+        def __call__(self, prompts, responses, ended=None):
+            seen.append(ended)
+            return [0.0] * len(prompts)
+    list(rlaif.train(toy_config(tmp_path, dense_reward=True, iterations=1), score=Recorder(gpt2(), letters(), "{prompt}"), policy=gpt2(),
+                     tokenizer=letters()))
+    whole, prefixes = seen
+    assert any(whole) and not all(whole) and len(prefixes) > len(whole) and not any(prefixes), "only a response that ended gets an EOS"
 
 
 def test_pasted_into_a_notebook_everything_is_defined_and_nothing_starts(monkeypatch):
