@@ -50,7 +50,8 @@ def make_gpt2(tokenizer, layers, width=128):
     """A GPT-2 with fresh weights, no dropout, and GPT-2's own activation as one kernel instead of eight."""
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        attn_pdrop=0, activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def fit(model, trained, losses, steps, learning_rate, name):
