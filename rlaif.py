@@ -23,13 +23,16 @@
     |       v
     +-- epochs of clipped updates of the policy and its value function ........... 9  policy_loss, value_loss
 
-`train` (section 10) is the lower half of this drawing, line by line. What it maximises over the policy pi is
+`ppo` (section 10) is the lower half of this drawing, line by line. What it maximises over the policy pi is
 
     J(pi) = E_{x, y ~ pi} [ r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
 
+with r in units of its std over the batch, unless `whiten_scores` is off.
+
 One letter per tensor axis, everywhere: B batch, T response (padded on the right), P prompt (padded on the
 left), V vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is
-made from lengths: whether a token is padding is never read off its id.
+made from lengths: whether a token is padding is never read off its id. Each function of sections 6 to 9 can
+be copied alone into a notebook; that is why each checks its mask itself.
 
     python rlaif.py                               PPO on the three tiny models beside this file, in a minute
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
@@ -45,6 +48,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -56,11 +60,14 @@ from typing import Literal
 
 import torch
 import torch.utils.benchmark
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          HfArgumentParser)
+from transformers.utils import logging as transformers_logging
 
 # ------------------------------------------------------------------------------------------------------------
 # 0. Settings
@@ -95,8 +102,8 @@ class Config:
     preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
     # the rollout
     iterations: int = option(80, "rounds of generate, score and update")
-    batch_size: int = option(64, "responses per iteration")
-    minibatch_size: int = option(16, "responses per optimizer step")
+    batch_size: int = option(64, "responses per iteration (512: OAI, InstructGPT)")
+    minibatch_size: int = option(16, "responses per optimizer step, all in memory at once")
     ppo_epochs: int = option(4, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
     max_new_tokens: int = option(28, "tokens of a response at most")
     temperature: float = option(1.0, "of every softmax, the policy's and the reference's (1: InstructGPT)")
@@ -117,17 +124,18 @@ class Config:
     value: Literal["shared", "separate", "preference"] = option(
         "shared", "trunk of the value head: the policy's, a copy of it, or of the preference model's (N+)")
     value_head: Literal["zero", "random"] = option("zero", "how the value head starts (zero: OAI)")
-    gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.95, "lambda of GAE: 0 trusts the values, 1 the returns")
-    whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1")
+    gamma: float = option(1.0, "discount per token (1: OAI, InstructGPT)")
+    lam: float = option(0.95, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
+    whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
     clip: float = option(0.2, "how far the ratio may leave 1 with gain; inf: off (PPO)")
-    value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off")
+    value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off (OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
     stop_kl: float = option(
         0.02, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
-    learning_rate: float = option(5e-4, "Adam's step size at the start; falls linearly to 0")
+    learning_rate: float = option(
+        5e-4, "Adam's step size at the start, falling linearly to 0; large models need a small one (3e-6: N+)")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
@@ -158,7 +166,7 @@ def ask_judge(judge, tokenizer, questions):
 
     Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
     that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
-    asked in its own format.
+    asked in its own format. Raises ValueError for a question longer than the judge's context.
     """
     if tokenizer.chat_template:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
@@ -167,18 +175,21 @@ def ask_judge(judge, tokenizer, questions):
     special = not tokenizer.chat_template  # a chat template writes its own BOS
     with_a, with_b = (tokenizer([question + answer for question in questions],
                                 add_special_tokens=special).input_ids for answer in answers)
-    rows, pairs = [], []  # the tokens before the two answers part, and the first token of either that differs
+    rows, answer_ids = [], []  # the tokens before the two answers part, and the first of either that differs
     for a, b in zip(with_a, with_b):
-        at = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-        rows.append(a[:at])
-        pairs.append((a[at], b[at]))
+        split = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if split is None:
+            raise ValueError("judge: its tokenizer writes the answers A and B alike")
+        rows.append(a[:split])
+        answer_ids.append((a[split], b[split]))
     prob_a = torch.empty(len(rows))
     for chunk in chunks_of_like_length(rows):
         ids, mask = pad([rows[i] for i in chunk], "left", judge.device)  # (n, L)
+        require_room(judge, ids, "judge")
         logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
                        logits_to_keep=1).logits[:, -1].float()  # (n, V)
-        pair = torch.tensor([pairs[i] for i in chunk], device=judge.device)  # (n, 2)
-        prob_a[chunk] = logits.gather(1, pair).softmax(dim=1)[:, 0].cpu()
+        a_or_b = torch.tensor([answer_ids[i] for i in chunk], device=judge.device)  # (n, 2)
+        prob_a[chunk] = logits.gather(1, a_or_b).softmax(dim=1)[:, 0].cpu()
     return prob_a
 
 
@@ -235,9 +246,11 @@ class PreferenceModel:
     def scores(self, rows):
         """Scores of N lists of token ids -> (N,), with gradient: the head at the last real token of each."""
         ids, mask = pad(rows, "right", self.model.device)  # (N, L)
+        require_room(self.model, ids, "preference")
         if not hasattr(self.model, "score"):  # an encoder, which pools by itself and looks at the mask
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # (N, L, D)
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask,
+                                       use_cache=False).last_hidden_state  # (N, L, D)
         last = mask.sum(dim=1) - 1  # (N,)
         return self.model.score(hidden[torch.arange(len(rows), device=last.device), last])[:, 0].float()
 
@@ -266,20 +279,20 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
     std 1; their mean is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees
-    differences. Returns a dict: `accuracy` and `loss` on the held-out pairs, `train_loss`, and `floor`, the
-    entropy of the labels in nats.
+    differences. Returns a dict, all measured before the scaling: `accuracy` and `loss` on the held-out pairs,
+    `train_loss` of the last epoch, and `floor`, the entropy of all labels; losses in nats.
     """
     rows_a, rows_b = preference.tokenize(prompts, *samples_a), preference.tokenize(prompts, *samples_b)
     prob_a = prob_a.to(preference.model.device)
     held = range(len(prompts) - max(1, len(prompts) // 10), len(prompts))
-    steps = [rows for _ in range(epochs) for rows in torch.randperm(held.start).split(minibatch_size)]
+    steps = [picked for _ in range(epochs) for picked in torch.randperm(held.start).split(minibatch_size)]
     optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(steps))
     losses = []
-    for rows in tqdm(steps, desc="preference model", unit="step"):
-        scores = preference.scores([rows_a[i] for i in rows] + [rows_b[i] for i in rows])
+    for picked in tqdm(steps, desc="preference model", unit="step"):
+        scores = preference.scores([rows_a[i] for i in picked] + [rows_b[i] for i in picked])
         a, b = scores.chunk(2)
-        loss = preference_loss(a, b, prob_a[rows])
+        loss = preference_loss(a, b, prob_a[picked])
         optimizer.zero_grad()
         (loss + 0.01 * (a + b).square().mean()).backward()
         nn.utils.clip_grad_norm_(preference.model.parameters(), 1.0)
@@ -287,11 +300,11 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
         schedule.step()
         losses.append(loss.item())
     a, b = (torch.tensor(preference(prompts, *samples)) for samples in (samples_a, samples_b))
-    p = prob_a.cpu()
+    p, last_epoch = prob_a.cpu(), losses[-(len(losses) // epochs):]
     report = {
         "accuracy": ((a > b) == (p > 0.5))[held][(p[held] - 0.5).abs() > 0.25].float().mean().item(),
         "loss": preference_loss(a[held], b[held], p[held]).item(),
-        "train_loss": sum(losses[-len(losses) // epochs:]) / -(-len(losses) // epochs),  # of the last epoch
+        "train_loss": sum(last_epoch) / len(last_epoch),
         "floor": torch.distributions.Bernoulli(p).entropy().mean().item(),
     }
     with torch.no_grad():
@@ -346,7 +359,8 @@ class ValueFunction(nn.Module):
             nn.init.normal_(self.head.weight, std=(hidden_size + 1) ** -0.5)  # N+
 
     def forward(self, hidden):
-        values = self.head(hidden).squeeze(-1)  # (B, T, D) -> (B, T)
+        with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 a value would have two digits
+            values = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)  # (B, T, D) -> (B, T)
         return values if values.dtype == torch.float64 else values.float()
 
 
@@ -417,13 +431,20 @@ def respond(policy, tokenizer, prompts, config):
     """Responses to B prompts: input_ids, attention_mask (B, P), tokens, mask (B, T), texts, ended (B,)."""
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
     input_ids, attention_mask = pad(rows, "left", policy.device)
-    eos = tokenizer.eos_token_id
-    tokens, mask = generate(policy, input_ids, attention_mask, config.max_new_tokens, eos,
-                            eos if eos is not None else 0, config.temperature)
+    eos = eos_ids(policy, tokenizer)
+    tokens, mask = generate(policy, input_ids, attention_mask, config.max_new_tokens, eos, (eos or [0])[0],
+                            config.temperature)
     lengths = mask.sum(dim=1)
     responses = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
-    ended = torch.tensor([row[-1] == eos for row in responses], device=mask.device)
+    ended = torch.tensor([row[-1] in eos for row in responses], device=mask.device)
     return input_ids, attention_mask, tokens, mask, decode(tokenizer, rows, responses), ended
+
+
+def eos_ids(policy, tokenizer):
+    """The ids that end a response: the tokenizer's EOS, and those of the policy, which may have several."""
+    more = policy.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    return [i for i in dict.fromkeys(ids) if i is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -504,8 +525,9 @@ def token_entropy(logits, temperature=1.0):
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Estimate KL(pi || pi_ref) at each token sampled from pi, in nats: (B, T), (B, T) -> (B, T).
 
-    With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased, its
-    gradient is not; k3 = exp(-d) - 1 + d has the right mean and is never negative. (Schulman 2020,
+    With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
+    exp(-d) - 1 + d has the right mean and is never negative. Charged as a reward, as here, only k1 makes the
+    policy gradient that of the KL; the gradient of k2 itself would do so in a loss. (Schulman 2020,
     "Approximating KL divergence")
     """
     d = logprobs - ref_logprobs
@@ -524,11 +546,24 @@ def update_beta(beta, kl, target, horizon, n):
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the
     *reference*. Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
     """
-    if target <= 0 or torch.as_tensor(n >= 5 * torch.as_tensor(horizon)).any():
+    if target <= 0 or torch.as_tensor(n >= 5 * horizon).any():
         raise ValueError(f"need target > 0, n < 5 * horizon; got target {target}, n {n}, horizon {horizon}")
     error = (torch.as_tensor(kl, dtype=torch.float64) / target - 1).clamp(-0.2, 0.2)
     change = 1 + error * n / horizon
     return beta * change.to(beta) if isinstance(beta, torch.Tensor) else beta * change.item()
+
+
+def steer_beta(run, index, sequence_kl):
+    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
+    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
+    target, horizon = run.config.kl_target, run.config.kl_horizon
+    if run.config.beta_control == "fixed":
+        return run.beta
+    if run.config.beta_control == "batch":
+        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
+    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
+    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
+    return update_beta(run.beta, prompt_kl, target, horizon, n)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -584,8 +619,9 @@ def shape_rewards(scores, kl, mask, beta, level="token"):
 def dense_scores(prefix_scores, mask):
     """Spread a score over the tokens: the score of every prefix (B, T) -> what each token added to it (B, T).
 
-    s_t - s_{t-1} with s_{-1} = 0. The sum telescopes to the whole response's score, so the best policy stays
-    the same (potential-based shaping, Ng et al. 1999). Raises ValueError if a row of the mask has no True.
+    s_t - s_{t-1} with s_{-1} = 0. The sum telescopes to the whole response's score, so with gamma = 1 the
+    best policy stays the same (potential-based shaping, Ng et al. 1999). Raises ValueError if a row of the
+    mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -602,9 +638,9 @@ def dense_scores(prefix_scores, mask):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: rewards, values, mask (B, T) -> advantages (B, T), returns (B, T).
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last token
-    (GAE eq. 12, 16). returns = A + V, taken before A is whitened. Raises ValueError if a row of the mask has
-    no True.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last
+    token, be that an EOS or where the length ran out (GAE eq. 12, 16). returns = A + V, taken before A is
+    whitened. Raises ValueError if a row of the mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -630,7 +666,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
 
     With rho = exp(logprobs - old_logprobs): the masked mean of max(-A rho, -A clip(rho, 1 - clip, 1 + clip))
     (PPO eq. 7), and the fraction of tokens where the clipped side was strictly the larger, so that the token
-    gives no gradient. clip=inf switches the clipping off. Raises ValueError if a row of the mask has no True.
+    gives no gradient. The mean is over tokens: a longer response weighs more. clip=inf switches the clipping
+    off. Raises ValueError if a row of the mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -662,6 +699,9 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 # ------------------------------------------------------------------------------------------------------------
 
 
+PHASES = ("generate", "score", "reference", "update")  # steps 4, 5, 6 and 7 to 9
+
+
 def train(config, score=None, gold=None, policy=None, tokenizer=None):
     """Train a policy with PPO against AI feedback: an iterator that yields one dict of metrics per iteration.
 
@@ -671,10 +711,19 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
     `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on:
     callables from (list of prompts, list of responses) to a list of floats. `policy`, a causal language
     model, is trained in place; `tokenizer` is its tokenizer. An argument goes before the Config field of its
-    name. Raises ValueError for a setting or a file that cannot be used, and FloatingPointError when scores or
-    losses stop being finite.
+    name. Raises ValueError for a setting or a file that cannot be used, and FloatingPointError when scores,
+    losses or gradients stop being finite.
     """
-    run = prepare(config, score, gold, policy, tokenizer)
+    run = prepare(resumed(config) if config.resume else config, score, gold, policy, tokenizer)
+    restore(run)
+    yield from ppo(run)
+
+
+def ppo(run):
+    """The loop: from `run`, what `prepare` has made ready, to one dict of metrics per iteration.
+
+    Every model stays in eval mode, also while it is trained: dropout would move the ratio away from 1.
+    """
     config, policy, value, optimizer = run.config, run.policy, run.value, run.optimizer
     for iteration in range(run.iteration + 1, config.iterations + 1):
         optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (iteration - 1) / config.iterations)
@@ -690,7 +739,9 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
 
         # 5. Score them. A response that did not end gets a score of its own.
         raw_scores = run.score(prompts, responses, ended, iteration)  # (B,)
-        scores = raw_scores if run.no_eos else torch.where(ended, raw_scores, config.missing_eos_score)
+        scores = raw_scores
+        if not run.ignore_missing_eos:
+            scores = torch.where(ended, raw_scores, config.missing_eos_score)
         gold_scores = run.gold and run.gold(prompts, responses, ended, iteration)
         if config.dense_reward:
             prefix_scores = score_prefixes(
@@ -702,15 +753,14 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             logits, values = response_logits(policy, input_ids, attention_mask, tokens, mask, value)
             old_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
             entropy = masked_mean(token_entropy(logits, config.temperature), mask)
-            clock.append(time.perf_counter())
             logits, _ = response_logits(run.reference, input_ids, attention_mask, tokens, mask)
             ref_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
         kl = kl_estimate(old_logprobs, ref_logprobs, config.kl_estimator)  # (B, T)
-        sequence_kl = torch.where(mask, old_logprobs - ref_logprobs, 0.0).sum(dim=1)  # (B,), nats
+        sequence_kl = torch.where(mask, old_logprobs - ref_logprobs, 0.0).sum(dim=1).cpu()  # (B,), nats
         clock.append(time.perf_counter())
 
         # 7. Rewards: the whitened score on the last token, or spread over all, less beta * KL.
-        beta = run.beta[index].to(kl)  # (B,), all alike unless each prompt has its own
+        beta = run.beta[index]  # (B,), all alike unless each prompt has its own
         mean, std = 0.0, 1.0
         if config.whiten_scores:
             mean, std = scores.mean(), (scores.var(correction=0) + 1e-8).sqrt()
@@ -718,8 +768,7 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             rewards = shape_rewards(torch.zeros_like(scores), kl, mask, beta, config.kl_level)
             rewards = rewards + dense_scores((prefix_scores - mean) / std, mask)
         else:
-            scores = whiten(scores) if config.whiten_scores else scores
-            rewards = shape_rewards(scores, kl, mask, beta, config.kl_level)  # (B, T)
+            rewards = shape_rewards((scores - mean) / std, kl, mask, beta, config.kl_level)  # (B, T)
 
         # 8. Advantages, whitened over the batch's real tokens.
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)  # (B, T), (B, T)
@@ -727,62 +776,57 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
             advantages = whiten(advantages, mask)
 
         # 9. Update: epochs of freshly shuffled minibatches, one optimizer step for each.
-        updates = []
+        updates, passed = [], []
         shuffled = [torch.randperm(len(mask)) for _ in range(config.ppo_epochs)]
         for rows in [rows for order in shuffled for rows in order.split(config.minibatch_size)]:
-            m = mask[rows]
+            m, old = mask[rows], old_logprobs[rows]
             with run.autocast:
                 logits, new_values = response_logits(
                     policy, input_ids[rows], attention_mask[rows], tokens[rows], m, value)
-            logprobs, old = token_logprobs(logits, tokens[rows], config.temperature), old_logprobs[rows]
+            logprobs = token_logprobs(logits, tokens[rows], config.temperature)
             pg_loss, clip_fraction = policy_loss(logprobs, old, advantages[rows], m, config.clip)
             v_loss = value_loss(new_values, values[rows], returns[rows], m, config.value_clip)
             loss = pg_loss + config.value_coef * v_loss
             if config.entropy_coef:
                 loss = loss - config.entropy_coef * masked_mean(token_entropy(logits, config.temperature), m)
-            require_finite(loss.detach(), "the loss", iteration, run)
-            log_ratio = torch.where(m, logprobs.detach() - old, 0.0)
-            approx_kl = masked_mean(kl_estimate(old, logprobs.detach(), "k3"), m)  # old to new, per token
+            ratio = torch.where(m, logprobs.detach() - old, 0.0).exp()
             if not updates:
-                require_ratio_one(log_ratio, iteration, run)
-            elif approx_kl > config.stop_kl:
+                warn_unless_one(ratio, iteration, run)
+            approx_kl = masked_mean(kl_estimate(old, logprobs.detach(), "k3"), m).item()  # per token
+            passed.append(approx_kl)
+            if updates and approx_kl > config.stop_kl:
                 break
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
+            require_finite(loss.detach() + grad_norm, "the loss or its gradient", iteration, run)
             optimizer.step()
-            ratio = masked_mean(log_ratio.exp(), m)
-            updates.append([x.item() for x in (pg_loss, v_loss, ratio, clip_fraction, approx_kl, grad_norm)])
+            updates.append({"policy_loss": pg_loss.item(), "value_loss": v_loss.item(),
+                            "ratio": masked_mean(ratio, m).item(), "clip_fraction": clip_fraction.item(),
+                            "grad_norm": grad_norm.item()})
         clock.append(time.perf_counter())
 
-        names = ("policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl", "grad_norm")
         seconds = [end - start for start, end in zip(clock, clock[1:])]
         metrics = {
             "iteration": iteration,
             "score": raw_scores.mean().item(),
             **({"gold": gold_scores.mean().item()} if run.gold else {}),
             "kl": sequence_kl.mean().item(),
-            "objective": (raw_scores.mean() - (beta * sequence_kl).mean() * std).item(),
+            "objective": raw_scores.mean().item() - (beta * sequence_kl).mean().item() * float(std),
             "beta": beta.mean().item(),
             "entropy": entropy.item(),
-            **{name: sum(column) / len(updates) for name, column in zip(names, zip(*updates))},
+            **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
+            "approx_kl": sum(passed) / len(passed),  # old to new, nats per token
             "updates": len(updates),
-            "explained_variance": (1 - (returns - values)[mask].var() / (returns[mask].var() + 1e-8)).item(),
+            "explained_variance": 1 - ((returns - values)[mask].var(correction=0)
+                                       / (returns[mask].var(correction=0) + 1e-8)).item(),
             "length": mask.sum(dim=1).float().mean().item(),
             "eos_fraction": ended.float().mean().item(),
-            "distinct": len(set(zip(prompts, responses))) / len(responses),
-            "seconds_generate": seconds[0],
-            "seconds_score": seconds[1],
-            "seconds_reference": seconds[3],
-            "seconds_update": seconds[2] + seconds[4],
+            "distinct": len(set(responses)) / len(responses),
+            **{f"seconds_{phase}": spent for phase, spent in zip(PHASES, seconds)},
             "episodes_per_second": len(mask) / sum(seconds),
         }
-        if config.beta_control == "batch":  # the price of KL for the next iteration
-            run.beta = update_beta(run.beta, metrics["kl"], config.kl_target, config.kl_horizon, len(mask))
-        elif config.beta_control == "prompt":
-            n = torch.bincount(index, minlength=len(run.prompts))  # (N,) responses to each prompt
-            prompt_kl = torch.bincount(index, sequence_kl.cpu().double(), len(run.prompts)) / n.clamp(min=1)
-            run.beta = update_beta(run.beta, prompt_kl, config.kl_target, config.kl_horizon, n)
+        run.beta = steer_beta(run, index, sequence_kl)  # the price of KL for the next iteration
         record(run, metrics)
         yield metrics
 
@@ -792,10 +836,11 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
 # ------------------------------------------------------------------------------------------------------------
 
 CAN_CHANGE = ("save_every", "device", "out", "resume")  # the settings that a resumed run may change
-MAY_BE_OFF = ("missing_eos_score", "clip", "value_clip", "stop_kl", "max_grad_norm")  # None or inf
+MAY_BE_OFF = ("missing_eos_score", "clip", "value_clip", "stop_kl", "max_grad_norm")  # inf
 LIMITS = {  # what a setting must be -> the settings that must be it
-    "at least 1": (lambda x: x >= 1, """pairs preference_epochs iterations batch_size minibatch_size
-                                        ppo_epochs max_new_tokens eval_samples save_every"""),
+    "at least 1": (lambda x: x >= 1, """preference_epochs iterations batch_size minibatch_size ppo_epochs
+                                        max_new_tokens eval_samples save_every"""),
+    "at least 2": (lambda x: x >= 2, "pairs"),
     "greater than 0": (lambda x: x > 0, """temperature kl_target kl_horizon clip value_clip stop_kl
                                            max_grad_norm adam_epsilon"""),
     "0 or more": (lambda x: x >= 0, """beta value_coef entropy_coef learning_rate preference_learning_rate
@@ -806,8 +851,6 @@ LIMITS = {  # what a setting must be -> the settings that must be it
 
 def check_config(config):
     """Return a copy of `config` with its defaults filled in, or raise ValueError in one sentence."""
-    off = {name: math.inf for name in MAY_BE_OFF if getattr(config, name) is None}
-    config = dataclasses.replace(config, **off)
     for name, kind in typing.get_type_hints(Config).items():
         value, choices = getattr(config, name), typing.get_args(kind) or (kind,)
         if typing.get_origin(kind) is Literal:
@@ -824,10 +867,14 @@ def check_config(config):
     if config.minibatch_size > config.batch_size:
         raise ValueError(f"minibatch_size {config.minibatch_size} is larger than batch_size "
                          f"{config.batch_size}")
+    if config.batch_size == 1 and config.whiten_scores:
+        raise ValueError("batch_size must be at least 2 to whiten scores")
+    if config.beta == 0 and config.beta_control != "fixed":
+        raise ValueError("beta must be greater than 0 if beta_control is to steer it")
     if config.template.count("{prompt}") != 1 or re.search("[{}]", config.template.replace("{prompt}", "")):
         raise ValueError(f"template must hold {{prompt}} once and no other brace, got {config.template!r}")
     files = [f"{config.out}/{name}" for name in ("config.json", "metrics.jsonl")]
-    if config.out and not config.resume and any(map(os.path.exists, files)):
+    if config.out and not same_folder(config.out, config.resume) and any(map(os.path.exists, files)):
         raise ValueError(f"out: {config.out} already holds a run; go on with it by --resume {config.out}, "
                          "or name another folder")
     tiny = config.prompts == Config().prompts
@@ -838,6 +885,11 @@ def check_config(config):
         gold=config.gold or ("tiny_models.world:gold_scores" if tiny else None),
         kl_horizon=config.kl_horizon or (20.0 if config.beta_control == "prompt" else 500.0),
     )
+
+
+def same_folder(a, b):
+    """Whether two paths, each of which may be None, name the same folder."""
+    return None not in (a, b) and pathlib.Path(a).resolve() == pathlib.Path(b).resolve()
 
 
 def read_lines(path, name):
@@ -869,10 +921,11 @@ def read_prompts(path, name="prompts"):
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{name} {path}, line {number}: not a JSON object with a "prompt"') from None
-        if not isinstance(prompts[-1], str) or not prompts[-1].strip():
-            raise ValueError(f"{name} {path}, line {number}: the prompt is blank")
+            blank = not prompts[-1].strip()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            blank = True
+        if blank:
+            raise ValueError(f'{name} {path}, line {number}: not a JSON object with a "prompt" that is text')
     return prompts
 
 
@@ -882,7 +935,8 @@ def load_tokenizer(path, name):
     if not os.path.isdir(path) and (os.path.exists(first or "/") or first in (".", "..", "~")):
         raise ValueError(f"{name}: there is no folder {path}")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path))
+        return AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path),
+                                             trust_remote_code=False)
     except Exception as error:  # the readers of configs, weights and tokenizers raise what they like
         raise ValueError(f"{name}: cannot load a tokenizer from {path}: {first_line(error)}") from error
 
@@ -894,8 +948,9 @@ def load(kind, path, name, device):
     """
     tokenizer = load_tokenizer(path, name)
     try:
-        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), use_safetensors=True,
-                                           dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=torch.float32,
+                                           trust_remote_code=False, use_safetensors=True,
+                                           output_loading_info=True)
     except Exception as error:
         raise ValueError(f"{name}: cannot load a model from {path}: {first_line(error)}") from error
     if info["missing_keys"]:
@@ -917,6 +972,18 @@ def check_fit(model, tokenizer, name):
     if top >= rows:
         raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the "
                          f"embedding has {rows} rows")
+
+
+def context_of(model):
+    """How many tokens a model can read."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def require_room(model, ids, name):
+    """Raise ValueError if ids (N, L) are longer than the model's context."""
+    if ids.shape[1] > context_of(model):
+        raise ValueError(f"{name}: a text of {ids.shape[1]} tokens is longer than the model's context, "
+                         f"{context_of(model)}")
 
 
 def load_preference(config, device):
@@ -950,9 +1017,9 @@ def pick_device(name):
         raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from error
 
 
-def require_ratio_one(log_ratio, iteration, run):
+def warn_unless_one(ratio, iteration, run):
     """Warn, loudly, if the ratio (B, T) is not 1 before an iteration's first step."""
-    worst = (log_ratio.exp() - 1).abs().max()
+    worst = (ratio - 1).abs().max()
     if worst > (1e-4 if run.config.dtype == "float32" else 0.05):
         warnings.warn(f"iteration {iteration}: the ratio is off 1 by {worst:.5f} before the first step: the "
                       "policy that is updated is not the one that sampled", stacklevel=3)
@@ -980,109 +1047,120 @@ def scorer(function, name, run):
 
 
 def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
-    """Check and load everything -> what the loop needs, at iteration 0 or where a checkpoint left off."""
-    config = check_config(resumed(config) if config.resume else config)
+    """Check and load everything, then, with `out`, begin the run's folder -> what the loop needs:
+
+    config, device, autocast, out (a path or None); policy, reference, tokenizer, value (ValueFunction);
+    prompts (N str), held (the held-out ones); score, gold (or None), called with (prompts, responses, ended,
+    iteration), and fluent (or None); ignore_missing_eos; beta (N,), float64 on the CPU; parameters and
+    optimizer; iteration, the last one done, and saved, whether there is a checkpoint. Raises ValueError,
+    before anything is written, for a setting or a file that cannot be used.
+    """
+    config = check_config(config)
     run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
                                 out=pathlib.Path(config.out) if config.out else None)
-    torch.manual_seed(config.seed)
-    run.policy, run.tokenizer, run.prompts, _ = load_policy_and_prompts(config, run.device, policy, tokenizer)
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    run.no_eos = math.isinf(config.missing_eos_score) or run.tokenizer.eos_token_id is None
-
-    kept = f"{config.resume}/reference"
-    if config.reference or os.path.isdir(kept):
-        run.reference, _ = load(AutoModelForCausalLM, config.reference or kept, "reference", run.device)
+    passed = policy is not None
+    if passed:
+        policy, tokenizer = policy.to(run.device).eval(), tokenizer or load_tokenizer(config.policy, "policy")
+        check_fit(policy, tokenizer, "policy")
     else:
-        run.reference = copy.deepcopy(run.policy).eval()
-        if policy is not None and run.out and not config.resume:
-            run.reference.save_pretrained(run.out / "reference")  # nothing else tells how this policy started
-            run.tokenizer.save_pretrained(run.out / "reference")
-    if run.reference.config.vocab_size != run.policy.config.vocab_size:
+        policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", run.device)
+    run.policy, run.tokenizer = policy, tokenizer
+    run.prompts, run.held = load_prompts(config, policy, tokenizer)
+    run.ignore_missing_eos = math.isinf(config.missing_eos_score) or not eos_ids(policy, tokenizer)
+
+    def kept(name):  # a folder that an earlier part of this run has left
+        path = f"{config.resume}/{name}"
+        return path if config.resume and os.path.isdir(path) else None
+    if reference := config.reference or kept("reference"):
+        run.reference = load(AutoModelForCausalLM, reference, "reference", run.device)[0].to(policy.dtype)
+    else:
+        run.reference = copy.deepcopy(policy).eval()
+    if run.reference.config.vocab_size != policy.config.vocab_size:
         raise ValueError("reference: its vocabulary is not the policy's")
     run.reference.requires_grad_(False)
 
-    if score is None:
-        score = preference_for(config, run.device, run.policy, run.tokenizer, run.prompts)
-    trunk = None
-    if config.value == "separate":
-        trunk = copy.deepcopy(run.policy.base_model)
-    elif config.value == "preference":
-        if not isinstance(score, PreferenceModel) or score.tokenizer.get_vocab() != run.tokenizer.get_vocab():
-            raise ValueError("value: 'preference' needs a preference model with the policy's own tokenizer")
-        trunk = copy.deepcopy(score.model.base_model)
-    run.value = ValueFunction((trunk or run.policy).config.hidden_size, trunk, config.value_head)
-    run.value.to(run.device, run.policy.dtype).eval().requires_grad_(True)
-    run.score, run.gold = scorer(score, "score", run), None
+    judge = None
+    if score is None and config.judge and not kept("preference"):
+        judge = load(AutoModelForCausalLM, config.judge, "judge", run.device)
+        principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
+    elif score is None:
+        ready = kept("preference") if config.judge else config.preference
+        score = load_preference(dataclasses.replace(config, preference=ready), run.device)
+    if config.value == "preference" and not judge and not (
+            isinstance(score, PreferenceModel) and score.tokenizer.get_vocab() == tokenizer.get_vocab()):
+        raise ValueError("value: 'preference' needs a preference model with the policy's own tokenizer")
     gold = gold or (config.gold and load_function(config.gold, "gold"))
-    if gold:
-        run.gold = scorer(gold, "gold", run)
-
+    run.gold = scorer(gold, "gold", run) if gold else None
+    run.fluent = getattr(sys.modules.get(getattr(gold, "__module__", None)), "is_fluent", None)
     run.beta = torch.full((len(run.prompts),), float(config.beta), dtype=torch.float64)
-    if config.beta_control != "fixed":
-        most = 1 if config.beta_control == "batch" else len(run.prompts)
-        update_beta(run.beta, 0.0, config.kl_target, config.kl_horizon, -(-config.batch_size // most))
-    run.parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon,
-                                     fused=True)
-    if config.resume:
-        restore(run)
-    elif run.out:
+    if config.beta_control != "fixed":  # raises ValueError now if an update could turn beta negative later
+        n = config.batch_size if config.beta_control == "batch" else -(-config.batch_size // len(run.prompts))
+        update_beta(config.beta, 0.0, config.kl_target, config.kl_horizon, n)
+
+    if run.out:
         run.out.mkdir(parents=True, exist_ok=True)
         write(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-    return run
-
-
-def load_policy_and_prompts(config, device, policy=None, tokenizer=None):
-    """-> the policy, as it was passed or from config.policy; its tokenizer; the prompts to train on; the
-    held-out ones.
-
-    Without eval_prompts every tenth prompt is held out; of fewer than ten none is, and those of training
-    stand in. Raises ValueError if a prompt cannot be written by the tokenizer or leaves no room in the
-    context for a response.
-    """
-    if policy is None:
-        policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", device)
-    else:
-        policy = policy.to(device).eval()
-        tokenizer = tokenizer or load_tokenizer(config.policy, "policy")
-        check_fit(policy, tokenizer, "policy")
-    context = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    files = [(name, getattr(config, name), read_prompts(getattr(config, name), name))
-             for name in ("prompts", "eval_prompts") if getattr(config, name)]
-    for name, path, prompts in files:
-        unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
-        texts = [config.template.format(prompt=prompt) for prompt in prompts]
-        for number, ids in enumerate(tokenize(tokenizer, texts), start=1):
-            if not ids or unknown & set(ids):
-                raise ValueError(f"{name} {path}, line {number}: the policy's tokenizer cannot write it")
-            if len(ids) + config.max_new_tokens > context:
-                raise ValueError(f"{name} {path}, line {number}: {len(ids)} tokens of prompt and "
-                                 f"{config.max_new_tokens} of response are longer than the policy's context, "
-                                 f"{context}")
-    prompts = files[0][2]
-    if config.eval_prompts:
-        return policy, tokenizer, prompts, files[1][2]
-    held = prompts[9::10]
-    return policy, tokenizer, [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], held or prompts
-
-
-def preference_for(config, device, policy, tokenizer, prompts):
-    """The preference model of a run: the one it has fitted already, a new one fitted to the judge, or a ready
-    one."""
-    fitted = f"{config.resume}/preference"
-    if config.judge and not os.path.isdir(fitted):
-        principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
-        judge = load(AutoModelForCausalLM, config.judge, "judge", device)
-        preference, report = preference_from_judge(config, policy, tokenizer, *judge, principles, prompts)
+        for name in filter(kept, ("reference", "preference")):
+            if not same_folder(run.out, config.resume):
+                shutil.copytree(kept(name), run.out / name)
+        if passed and not config.resume and not config.reference:  # nothing else tells how it started
+            save_model(run.reference, tokenizer, run.out / "reference")
+    if judge:
+        torch.manual_seed(config.seed)
+        with run.autocast:
+            score, report = preference_from_judge(config, policy, tokenizer, *judge, principles, run.prompts)
         tqdm.write(f"preference model: on held-out pairs it agrees with the judge, where that is sure, in "
                    f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
                    f"{report['train_loss']:.3f}, entropy of the labels {report['floor']:.3f}")
-        if config.out:
-            preference.model.save_pretrained(f"{config.out}/preference.new")
-            preference.tokenizer.save_pretrained(f"{config.out}/preference.new")
-            os.rename(f"{config.out}/preference.new", f"{config.out}/preference")  # whole, or not at all
-        return preference
-    return load_preference(dataclasses.replace(config, preference=fitted) if config.judge else config, device)
+        if run.out:
+            save_model(score.model, score.tokenizer, run.out / "preference")
+
+    torch.manual_seed(config.seed)
+    trunk = {"shared": None, "separate": policy, "preference": getattr(score, "model", None)}[config.value]
+    trunk = trunk and copy.deepcopy(trunk.base_model)
+    run.value = ValueFunction((trunk or policy).config.hidden_size, trunk, config.value_head)
+    run.value.to(run.device, policy.dtype).eval().requires_grad_(True)
+    run.score = scorer(score, "score", run)
+    run.parameters = [p for p in [*policy.parameters(), *run.value.parameters()] if p.requires_grad]
+    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon,
+                                     fused=True)
+    return run
+
+
+def load_prompts(config, policy, tokenizer):
+    """The prompts to train on and the held-out ones: without eval_prompts every tenth is held out; of fewer
+    than ten none is, and those of training stand in.
+
+    Raises ValueError if a prompt cannot be written by the tokenizer or leaves no room in the context for a
+    response.
+    """
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
+    read = {}
+    for name in ("prompts", "eval_prompts"):
+        if path := getattr(config, name):
+            read[name] = read_prompts(path, name)
+            texts = [config.template.format(prompt=prompt) for prompt in read[name]]
+            for number, ids in enumerate(tokenize(tokenizer, texts), start=1):
+                if not ids or unknown & set(ids):
+                    raise ValueError(f"{name} {path}, line {number}: the policy's tokenizer cannot write it")
+                if len(ids) + config.max_new_tokens > context_of(policy):
+                    raise ValueError(f"{name} {path}, line {number}: {len(ids)} tokens of prompt and "
+                                     f"{config.max_new_tokens} of response are longer than the policy's "
+                                     f"context, {context_of(policy)}")
+    prompts = read["prompts"]
+    if "eval_prompts" in read:
+        return prompts, read["eval_prompts"]
+    return [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], prompts[9::10] or prompts
+
+
+def save_model(model, tokenizer, folder):
+    """Write an ordinary Hugging Face folder: beside its place, then renamed, so it is whole or absent."""
+    beside = folder.with_name(folder.name + ".new")
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(beside, folder)
 
 
 def write(path, content):
@@ -1093,13 +1171,12 @@ def write(path, content):
         if isinstance(content, str):
             beside.write_text(content, encoding="utf-8")
         else:
-            try:
-                torch.save(content, beside)
-            except RuntimeError as error:  # how a full disk shows here
-                raise OSError(f"cannot write {path}: {first_line(error)}") from error
+            torch.save(content, beside)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except RuntimeError as error:  # how torch.save meets a full disk
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -1112,18 +1189,22 @@ def record(run, metrics):
         return
     with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+    if run.iteration == run.config.iterations:
+        export(run)
     if run.iteration % run.config.save_every == 0 or run.iteration == run.config.iterations:
+        on_cpu = run.device.type == "cpu"
         write(run.out / "checkpoint.pt", {
             "iteration": run.iteration, "policy": run.policy.state_dict(), "value": run.value.state_dict(),
             "optimizer": run.optimizer.state_dict(), "beta": run.beta, "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "device_rng": None if on_cpu else torch.get_device_module(run.device).get_rng_state(),
         })
         run.saved = True
-    if run.iteration == run.config.iterations:
-        run.policy.save_pretrained(run.out / "policy")
-        run.tokenizer.save_pretrained(run.out / "policy")
-        from safetensors.torch import save_file
-        save_file(run.value.state_dict(), run.out / "value.safetensors")
+
+
+def export(run):
+    """Write the trained policy as an ordinary Hugging Face folder, and the value function beside it."""
+    save_model(run.policy, run.tokenizer, run.out / "policy")
+    save_file(run.value.state_dict(), run.out / "value.safetensors")
 
 
 def resumed(config, given=None):
@@ -1145,71 +1226,78 @@ def resumed(config, given=None):
 
 
 def restore(run):
-    """Put a run back where its checkpoint was written, or at its start if there is none yet, and drop the
-    lines of metrics.jsonl that came after it."""
+    """Put a resumed run back where its checkpoint was written, or at its start if there is none yet, and drop
+    the lines of metrics.jsonl that came after it. Raises ValueError if the checkpoint cannot be read."""
+    if not run.config.resume:
+        return
     source, lines = pathlib.Path(run.config.resume), []
     checkpoint = source / "checkpoint.pt"
     if checkpoint.exists():
         try:
-            state = torch.load(checkpoint, map_location=run.device, weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             run.policy.load_state_dict(state["policy"])
             run.value.load_state_dict(state["value"])
             run.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"].cpu())
+            torch.set_rng_state(state["rng"])
+            if state["device_rng"] is not None and run.device.type != "cpu":
+                torch.get_device_module(run.device).set_rng_state(state["device_rng"])
+            run.iteration, run.beta, run.saved = state["iteration"], state["beta"], True
         except Exception as error:  # a damaged file may fail in any of its readers
             raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
-        run.iteration, run.beta, run.saved = state["iteration"], state["beta"].cpu(), True
         lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    run.out.mkdir(parents=True, exist_ok=True)
-    write(run.out / "config.json", json.dumps(dataclasses.asdict(run.config), indent=2))
     write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))
+    if run.iteration == run.config.iterations:
+        export(run)
 
 
 @torch.no_grad()
-def evaluate(config, policy, reference, tokenizer, prompts, score, gold=None, fluent=None):
-    """Sample `eval_samples` replies to each of N prompts, without touching the run's random numbers.
+def evaluate(run, prompts=None):
+    """Sample `eval_samples` replies to each of N prompts (default: the held-out ones), without touching the
+    run's random numbers.
 
-    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats, length, eos_fraction; list of rows,
-    one a reply: prompt, response, score, gold, kl). gold and fluency are there only if their functions are.
+    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats per token, length, eos_fraction; list
+    of rows, one a reply: prompt, response, score, gold, kl). Gold is there only if the run has one, fluency
+    if the module of its function has an `is_fluent(response)` too.
     """
-    prompts = prompts * config.eval_samples
-    total, rows = {}, []
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(config.seed)
+    prompts = (prompts or run.held) * run.config.eval_samples
+    devices = [] if run.device.type == "cpu" else [run.device.index or 0]
+    sums, rows = {}, []
+    with torch.random.fork_rng(devices, device_type=run.device.type), run.autocast:
+        torch.manual_seed(run.config.seed)
         for start in range(0, len(prompts), 256):
             batch = prompts[start:start + 256]
-            ids, attention_mask, tokens, mask, responses, ended = respond(policy, tokenizer, batch, config)
-            logits, ref_logits = (response_logits(model, ids, attention_mask, tokens, mask)[0]
-                                  for model in (policy, reference))
-            logprobs, ref_logprobs = (token_logprobs(each, tokens, config.temperature)
+            *inputs, responses, ended = respond(run.policy, run.tokenizer, batch, run.config)
+            tokens, mask = inputs[2:]
+            logits, ref_logits = (response_logits(model, *inputs)[0] for model in (run.policy, run.reference))
+            logprobs, ref_logprobs = (token_logprobs(each, tokens, run.config.temperature)
                                       for each in (logits, ref_logits))
-            kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1).tolist()
-            scores = score(batch, responses, *([ended] if isinstance(score, PreferenceModel) else []))
-            golds = gold(batch, responses) if gold else [None] * len(batch)
-            sums = {
-                "score": sum(scores),
-                **({"gold": sum(golds)} if gold else {}),
-                **({"fluency": sum(map(fluent, responses))} if fluent else {}),
-                "kl": sum(kl),
-                "entropy": masked_mean(token_entropy(logits, config.temperature), mask).item() * len(batch),
-                "length": mask.sum().item(),
-                "eos_fraction": ended.sum().item(),
-            }
-            total = {name: total.get(name, 0) + value for name, value in sums.items()}
-            rows += zip(batch, (response.strip() for response in responses), scores, golds, kl)
-    return {name: value / len(prompts) for name, value in total.items()}, rows
+            found = {"score": run.score(batch, responses, ended, run.iteration)}
+            if run.gold:
+                found["gold"] = run.gold(batch, responses, ended, run.iteration)
+            if run.fluent:
+                found["fluency"] = torch.tensor([float(run.fluent(response)) for response in responses])
+            found["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)
+            entropy = token_entropy(logits, run.config.temperature)
+            found["entropy"] = torch.where(mask, entropy, 0.0).sum(dim=1)
+            found["length"], found["eos_fraction"] = mask.sum(dim=1), ended.float()
+            sums = {name: sums.get(name, 0.0) + x.sum().item() for name, x in found.items()}
+            columns = [found[name].tolist() if name in found else [None] * len(batch)
+                       for name in ("score", "gold", "kl")]
+            rows += zip(batch, responses, *columns)
+    means = {name: total / len(prompts) for name, total in sums.items()}
+    return {**means, "entropy": sums["entropy"] / sums["length"]}, rows
 
 
 def samples_table(before, after):
     """A Markdown table with the first reply to each held-out prompt before and after training, and their
     scores."""
+    def text(words):
+        return " ".join(words.split()).replace("|", "\\|")
+
     def cells(row):
-        text = " ".join(row[1].split()).replace("|", "\\|")
-        return f"{text} | {row[2]:.2f} | {'' if row[3] is None else f'{row[3]:g}'}"
+        return f"{text(row[1])} | {row[2]:.2f} | {'' if row[3] is None else f'{row[3]:g}'}"
     lines = ["| prompt | before | score | gold | after | score | gold |", "|---|---|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {a[0]} | {cells(a)} | {cells(b)} |" for a, b in zip(before, after)])
+    return "\n".join(lines + [f"| {text(a[0])} | {cells(a)} | {cells(b)} |" for a, b in zip(before, after)])
 
 
 def draw_history(history, path=None):
@@ -1221,56 +1309,50 @@ def draw_history(history, path=None):
     except ImportError:
         raise ImportError("the learning curves need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
-    steps = [m["iteration"] for m in history]
-    root_kl = [math.sqrt(max(m["kl"], 0)) for m in history]
-    labels = {"score": "proxy: the preference model's score", "gold": "gold: the truth"}
-    for (name, label), color in zip(labels.items(), ("tab:blue", "tab:orange")):
-        if name in history[0]:
-            axes[0, 0].plot(steps, [m[name] for m in history], color=color, label=label)
-            axes[0, 1].plot(root_kl, [m[name] for m in history], ".", color=color, label=label)
-    axes[1, 0].plot(steps, [m["kl"] for m in history], color="tab:green")
-    axes[1, 1].plot(steps, [m["entropy"] for m in history], color="tab:red", label="entropy, nats per token")
-    axes[1, 1].plot(steps, [m["beta"] for m in history], color="tab:purple", label="beta")
-    for axis, y in zip(axes.flat, ("points", "points", "KL to the reference, nats per response", "")):
-        axis.set(xlabel="iteration", ylabel=y)
-        axis.grid(alpha=0.3)
-    axes[0, 1].set(xlabel="square root of the KL to the reference")
-    for axis in (axes[0, 0], axes[0, 1], axes[1, 1]):
+    steps, root_kl = [m["iteration"] for m in history], [math.sqrt(max(m["kl"], 0)) for m in history]
+    panels = [("iteration", steps, ("score", "gold")),
+              ("square root of the KL to the reference", root_kl, ("score", "gold")),
+              ("iteration", steps, ("kl",)),
+              ("iteration", steps, ("entropy", "beta"))]
+    looks = {"score": ("proxy: the preference model's score", "tab:blue"),
+             "gold": ("gold: the truth", "tab:orange"), "beta": ("beta", "tab:purple"),
+             "kl": ("KL to the reference, nats per response", "tab:green"),
+             "entropy": ("entropy, nats per token", "tab:red")}
+    for axis, (label, x, names) in zip(figure.subplots(2, 2).flat, panels):
+        for name in [name for name in names if name in history[0]]:
+            axis.plot(x, [m[name] for m in history], "." if x is root_kl else "-", label=looks[name][0],
+                      color=looks[name][1])
+        axis.set(xlabel=label)
         axis.legend()
+        axis.grid(alpha=0.3)
     if path:
         figure.savefig(path, dpi=80)
     return figure
 
 
-def where_the_time_went(config, policy, tokenizer, prompts, history):
+def where_the_time_went(run, history):
     """One line: the seconds of each phase, episodes per second, and how near the updates came to the rate of
     a large matrix product. A training pass counts as three forward ones."""
-    phases = ("generate", "score", "reference", "update")
-    spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in phases}
+    config = run.config
+    spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in PHASES}
     total = sum(spent.values())
-    batch = [prompts[i] for i in balanced_draw(len(prompts), config.batch_size)]
-    trunk = None if config.value == "shared" else policy.base_model
-    value = ValueFunction(policy.config.hidden_size, trunk).to(policy.device)
-    square = torch.randn(1024, 1024, device=policy.device, dtype=getattr(torch, config.dtype))
+    square = torch.randn(1024, 1024, device=run.device, dtype=getattr(torch, config.dtype))
     product = torch.utils.benchmark.Timer("square @ square", globals={"square": square},
                                           num_threads=torch.get_num_threads()).blocked_autorange()
-    inputs = respond(policy, tokenizer, batch, config)[:4]
+    prompts = [run.prompts[i] for i in balanced_draw(len(run.prompts), config.batch_size)]
+    inputs = respond(run.policy, run.tokenizer, prompts, config)[:4]
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        response_logits(policy, *inputs, value)
-    minibatches = config.batch_size / config.minibatch_size
-    passes = sum(1 + 3 * metrics["updates"] / minibatches for metrics in history)
-    rate = forward.get_total_flops() * passes / spent["update"]
+        response_logits(run.policy, *inputs, run.value)
+    epochs = sum(metrics["updates"] for metrics in history) * config.minibatch_size / config.batch_size
+    rate = 3 * epochs * forward.get_total_flops() / spent["update"]
     return ("where the time went: "
-            + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})" for phase in phases)
+            + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})" for phase in PHASES)
             + f"; {config.batch_size * len(history) / total:.0f} episodes per second; updates at "
             f"{rate * product.median / (2 * 1024 ** 3):.0%} of the rate of a matrix product")
 
 
 def parse(argv):
     """The command line as a Config, with the settings of the resumed run where one is named."""
-    from transformers import HfArgumentParser
-
     def complain(message):
         raise ValueError(message)
     parser = HfArgumentParser(Config, description="RLAIF with PPO. Sources: see Config in rlaif.py.")
@@ -1284,13 +1366,9 @@ def parse(argv):
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
     or settings, 130 after Ctrl-C or SIGTERM."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-    def stop(*_):
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, stop)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     config = Config()
     try:
         config = parse(argv)
@@ -1314,42 +1392,31 @@ def main(argv=None):
 def run_and_report(config):
     """What the command line does: load, measure, train under a progress bar, measure again, write and print
     the report."""
-    config = check_config(config)
-    device, out = pick_device(config.device), pathlib.Path(config.out)
-    torch.manual_seed(config.seed)
-    policy, tokenizer, prompts, held = load_policy_and_prompts(config, device)
-    reference = policy
-    if config.reference:
-        reference, _ = load(AutoModelForCausalLM, config.reference, "reference", device)
-    gold = load_function(config.gold, "gold") if config.gold else None
-    fluent = getattr(sys.modules[gold.__module__], "is_fluent", None) if gold else None
-    score = preference_for(config, device, policy, tokenizer, prompts)
-    measured = {"config": config, "reference": reference, "tokenizer": tokenizer, "prompts": held,
-                "score": score, "gold": gold, "fluent": fluent}
-    before, rows_before = evaluate(policy=policy, **measured)
+    run = prepare(config)
+    before, rows_before = evaluate(run)
+    restore(run)
     history = []
-    with tqdm(total=config.iterations, desc="PPO", unit="iteration") as progress:
-        for metrics in train(config, score=score):
+    with tqdm(total=config.iterations, initial=run.iteration, desc="PPO", unit="iteration") as progress:
+        for metrics in ppo(run):
             history.append(metrics)
-            progress.update(metrics["iteration"] - progress.n)
             shown = {name: f"{metrics[name]:.2f}" for name in ("score", "gold", "kl") if name in metrics}
             progress.set_postfix(shown, **{"episodes/s": f"{metrics['episodes_per_second']:.0f}"})
-    trained, _ = load(AutoModelForCausalLM, str(out / "policy"), "policy", device)
-    after, rows_after = evaluate(policy=trained, **measured)
+            progress.update()
+    after, rows_after = evaluate(run)
 
     summary = "\n".join(["| held-out prompts | before | after |", "|---|---|---|"]
                         + [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in before])
-    samples = samples_table(rows_before[:len(held)], rows_after[:len(held)])
-    write(out / "samples.md", f"{samples}\n\n{summary}\n")
+    samples = samples_table(rows_before[:len(run.held)], rows_after[:len(run.held)])
+    write(run.out / "samples.md", f"{samples}\n\n{summary}\n")
     print(f"\n{samples}\n\n{summary}\n")
     if history:
-        print(where_the_time_went(config, trained, tokenizer, prompts, history))
-    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        print(where_the_time_went(run, history))
+    history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     try:
-        draw_history(history, out / "learning_curves.png")
+        draw_history(history, run.out / "learning_curves.png")
     except ImportError as error:
         print(error)
-    print(f"everything is in {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+    print(f"everything is in {run.out}: " + ", ".join(sorted(path.name for path in run.out.iterdir())))
 
 
 if __name__ == "__main__" and "__file__" in globals():  # pasted into a notebook cell, it starts nothing

@@ -1138,19 +1138,17 @@ def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(exact_runs, beta, se
 
 
 def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
-    policy, tokenizer = rlaif.load(AutoModelForCausalLM, str(HERE / "tiny_models/policy"), "policy", "cpu")
     config = rlaif.Config(policy=str(HERE / "tiny_models/policy"), preference=str(HERE / "tiny_models/preference"), device="cpu",
                           prompts=str(HERE / "tiny_models/prompts.txt"), eval_prompts=str(HERE / "tiny_models/heldout_prompts.txt"),
                           iterations=8, eval_samples=8)
-    preference = rlaif.load_preference(config, "cpu")
-    measured = {"config": config, "reference": copy.deepcopy(policy), "tokenizer": tokenizer, "prompts": world.HELDOUT_PROMPTS,
-                "score": preference, "gold": world.gold_scores, "fluent": world.is_fluent}
-    before, rows = rlaif.evaluate(policy=policy, **measured)
+    run = rlaif.prepare(config, gold=world.gold_scores)
+    assert run.held == world.HELDOUT_PROMPTS
+    before, rows = rlaif.evaluate(run)
     assert abs(before["score"]) < 0.3 and before["fluency"] > 0.95 and before["eos_fraction"] > 0.98 and abs(before["kl"]) < 1e-6, before
     assert all(world.gold_score(prompt, response) == gold for prompt, response, _, gold, _ in rows)
-    for metrics in rlaif.train(config, gold=world.gold_scores, policy=policy, tokenizer=tokenizer):
+    for metrics in rlaif.ppo(run):
         assert abs(metrics["ratio"] - 1) < 0.1 and 0 < metrics["distinct"] <= 1
-    after, _ = rlaif.evaluate(policy=policy, **measured)
+    after, _ = rlaif.evaluate(run)
     assert after["score"] > before["score"] + 0.4 and after["gold"] > before["gold"] + 0.5, f"{before} -> {after}"
 
 
@@ -1366,14 +1364,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_path):
-    save_pair(tmp_path / "policy", gpt2(), letters())
     (tmp_path / "p.txt").write_text("\n".join(["a", "b", "c"] * 7))
     (tmp_path / "e.txt").write_text("cc\n")
-    config = rlaif.check_config(rlaif.Config(prompts=str(tmp_path / "p.txt"), policy=str(tmp_path / "policy"), max_new_tokens=1, template="{prompt}"))
+    config = rlaif.check_config(rlaif.Config(prompts=str(tmp_path / "p.txt"), max_new_tokens=1, template="{prompt}"))
     assert config.gold is None and config.eval_prompts is None, "the tiny world's truth and prompts go with its own prompts only"
-    _, _, prompts, held = rlaif.load_policy_and_prompts(config, "cpu")
+    prompts, held = rlaif.load_prompts(config, gpt2(), letters())
     assert len(prompts) == 19 and held == ["a", "b"]
-    _, _, prompts, held = rlaif.load_policy_and_prompts(dataclasses.replace(config, eval_prompts=str(tmp_path / "e.txt")), "cpu")
+    prompts, held = rlaif.load_prompts(dataclasses.replace(config, eval_prompts=str(tmp_path / "e.txt")), gpt2(), letters())
     assert len(prompts) == 21 and held == ["cc"]
 
 

@@ -7,6 +7,7 @@ experiments share are run once. The tables in README.md and the pictures in figu
 """
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -51,7 +52,7 @@ def run(job):
     if "exact" in how:
         return {**job, **exact(how["exact"], job["seed"]), "seconds": time.perf_counter() - start}
     policy, tokenizer = rlaif.load(AutoModelForCausalLM, config.policy, "policy", "cpu")
-    reference, _ = rlaif.load(AutoModelForCausalLM, config.policy, "policy", "cpu")
+    reference = copy.deepcopy(policy)
     preference = score = rlaif.load_preference(config, "cpu")
     torch.manual_seed(config.seed)
     measured, history = {}, []
@@ -64,7 +65,8 @@ def run(job):
         score = preference_from_labels(how["labels"], config, policy, tokenizer)
     if "direct" in how:
         score = judge_as_reward(config, reference, tokenizer)
-    for metrics in rlaif.train(config, score=score, policy=policy, tokenizer=tokenizer):
+    prepared = rlaif.prepare(config, score, None, policy, tokenizer)
+    for metrics in rlaif.ppo(prepared):
         history.append({name: round(value, 5) for name, value in metrics.items()})
         if "stale" in how and metrics["iteration"] % 10 == 0:
             agreement = agreement_with_gold(preference, config, policy, tokenizer)
@@ -74,15 +76,14 @@ def run(job):
                 preference.model = fresh.model  # `train` holds the same PreferenceModel
                 measured["agreement after refit"] = agreement_with_gold(preference, config, policy, tokenizer)
             measured[f"agreement {metrics['iteration']}"] = agreement
-    common = {"config": config, "policy": policy, "reference": reference, "tokenizer": tokenizer, "gold": world.gold_scores, "fluent": world.is_fluent}
-    judged = preference if "labels" not in how and "direct" not in how else rlaif.load_preference(config, "cpu")
-    measured |= rlaif.evaluate(prompts=world.HELDOUT_PROMPTS, score=judged, **common)[0]
-    _, rows = rlaif.evaluate(prompts=world.PROMPTS, score=judged, **common)
+    if "labels" in how or "direct" in how:  # whatever was trained on, the shipped preference model measures
+        prepared.score = rlaif.scorer(preference, "score", prepared)
+    measured |= rlaif.evaluate(prepared)[0]
+    _, rows = rlaif.evaluate(prepared, world.PROMPTS)
     by_prompt = [statistics.mean(row[4] for row in rows if row[0] == prompt) for prompt in world.PROMPTS]
     measured["kl spread over prompts"] = statistics.pstdev(by_prompt)
     measured["kl of the training prompts"] = statistics.mean(by_prompt)
-    trained = rlaif.prepare(config, score, None, reference, tokenizer).parameters
-    measured["parameters"] = sum(parameter.numel() for parameter in trained)
+    measured["parameters"] = sum(parameter.numel() for parameter in prepared.parameters)
     return {**job, "history": history, "measured": measured, "seconds": time.perf_counter() - start}
 
 
@@ -404,8 +405,9 @@ def speed_here(iterations, layers, width, batch, length, value):
         pathlib.Path(folder, "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
         config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch,
                               max_new_tokens=length, value=value, device="cpu", learning_rate=1e-6)
-        history = list(rlaif.train(config, score=rlaif.PreferenceModel(scorer, tokenizer, "{prompt}"), policy=policy, tokenizer=tokenizer))
-    where = rlaif.where_the_time_went(config, policy, tokenizer, prompts, history)
+        run = rlaif.prepare(config, rlaif.PreferenceModel(scorer, tokenizer, "{prompt}"), None, policy, tokenizer)
+    history = list(rlaif.ppo(run))
+    where = rlaif.where_the_time_went(run, history)
     return [batch / metrics["episodes_per_second"] for metrics in history], where
 
 
