@@ -718,6 +718,25 @@ def test_a_model_in_half_precision_is_sampled_and_valued_in_float32(dtype, expec
     assert values.dtype == expected, "values must be float32 at least"
 
 
+def test_values_keep_float32_when_the_models_run_in_bfloat16():
+    value, hidden = rlaif.ValueFunction(32, head="random"), torch.randn(2, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = value(hidden)
+    assert torch.equal(values, value(hidden)), "the value head must not run in bfloat16"
+
+
+def test_a_policy_with_several_eos_ids_ends_at_any_of_them(tmp_path):
+    policy = gpt2()
+    policy.generation_config.eos_token_id = [1, EOS]
+    assert rlaif.eos_ids(policy, letters()) == [EOS, 1]
+    torch.manual_seed(0)
+    _, _, tokens, mask, texts, ended = rlaif.respond(policy, letters(), ["ab"] * 32, toy_config(tmp_path))
+    for row, real, end in zip(tokens.tolist(), mask.tolist(), ended.tolist()):
+        response = [token for token, is_real in zip(row, real) if is_real]
+        assert end == (response[-1] in (1, EOS)) and not {1, EOS} & set(response[:-1]), "a response ends at the first of its EOS ids"
+    assert {1, EOS} <= set(tokens[mask].tolist()), "the example should hold both"
+
+
 def test_pad_may_be_eos_because_masks_come_from_lengths():
     torch.manual_seed(0)
     ids = torch.tensor([[0, 1]] * 32)
@@ -813,6 +832,14 @@ def test_the_judge_is_read_at_the_first_token_in_which_the_answers_differ(chat):
         close(question, pair.softmax(0)[0], "not softmax over the two answers after what they share", atol=1e-5)
 
 
+def test_a_judge_that_cannot_tell_its_answers_apart_or_read_so_far_is_an_error():
+    judge, tokenizer = random_judge()
+    with pytest.raises(ValueError, match="A and B alike"):
+        rlaif.ask_judge(judge, letters([x for x in ALPHABET if x not in "AB"]), ["ab"])
+    with pytest.raises(ValueError, match="judge: a text of 301 tokens is longer than the model's context, 256"):
+        rlaif.ask_judge(judge, tokenizer, ["a" * 300])
+
+
 def preference_model(seed=0, kind=GPT2ForSequenceClassification, **special):
     tokenizer = letters("ab cxyUsertin:\nAp", **special)
     return rlaif.PreferenceModel(gpt2(len(tokenizer), seed, kind, context=64, num_labels=1), tokenizer, "User: {prompt}\nA:")
@@ -828,6 +855,8 @@ def test_a_score_is_the_head_at_the_last_real_token_whatever_stands_beside_it():
         close(score, preference.model.score(hidden)[0], "the score is read at padding, or before the EOS", atol=1e-5)
     assert preference(prompts, responses) == preference(prompts, responses, [True] * 3), "a response counts as ended unless said otherwise"
     assert preference(prompts, responses, [True] * 3) != preference(prompts, responses, [False] * 3), "the EOS must be seen"
+    with pytest.raises(ValueError, match="preference: a text of 72 tokens is longer than the model's context, 64"):
+        preference(["a"], ["x" * 61], [True])
 
 
 def test_an_encoder_scores_through_its_own_pooling():
@@ -955,6 +984,16 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
         close(metrics["explained_variance"], 1 - real.var() / (real.var() + 1e-8), "explained variance of zero values is 0", atol=1e-5)
 
 
+def test_a_policy_that_always_says_the_same_is_not_distinct(tmp_path):
+    policy = gpt2()
+    with torch.no_grad():
+        policy.transformer.ln_f.weight.zero_()
+        policy.transformer.ln_f.bias.copy_(50 * policy.lm_head.weight[EOS])  # EOS at once, whatever the prompt
+    _, metrics = toy_train(tmp_path, policy=policy, iterations=1)
+    assert metrics[0]["distinct"] == 1 / 8 and metrics[0]["length"] == 1, "distinct is the share of different responses"
+    assert all(math.isfinite(value) for value in metrics[0].values())
+
+
 def test_one_optimizer_step_for_each_minibatch_from_fresh_gradients(tmp_path, monkeypatch):
     steps, zeroed, rates = [], [], []
     original = torch.optim.Adam.step
@@ -997,6 +1036,7 @@ def test_stop_kl_ends_an_iterations_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (steps.append(1), original(self))[1])
     _, metrics = toy_train(tmp_path, stop_kl=1e-6, iterations=2, ppo_epochs=4, batch_size=16)
     assert len(steps) == sum(m["updates"] for m in metrics) == 2, "the first step moves the policy beyond a tiny stop_kl, so the second must not come"
+    assert all(m["approx_kl"] > 1e-6 for m in metrics), "the KL that ended the updates must show in the metrics"
     steps.clear()
     toy_train(tmp_path, stop_kl=1e6, iterations=2, ppo_epochs=4, batch_size=16)
     assert len(steps) == 2 * 4 * 4
@@ -1075,6 +1115,38 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, settings):
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), whole_policy.parameters()))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "policy")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters())), "the saved folder is not the trained policy"
+
+
+def test_a_run_goes_on_in_another_folder_and_stays_whole_there(tmp_path, monkeypatch):
+    whole_policy, whole = toy_train(tmp_path, iterations=4, save_every=2, out=str(tmp_path / "whole"))
+    first = toy_config(tmp_path, iterations=4, save_every=2, out=str(tmp_path / "first"))
+    for metrics in rlaif.train(first, score=count_a, policy=gpt2(), tokenizer=letters()):
+        if metrics["iteration"] == 3:
+            break
+
+    def go_on(resume, out):
+        policy = gpt2(seed=9)
+        rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / resume), out=str(tmp_path / out)), score=count_a, policy=policy, tokenizer=letters()))
+        written = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        assert same_but_for_timings(written, whole), "resumed in another folder it is another run: was the reference left behind?"
+        for model in (policy, AutoModelForCausalLM.from_pretrained(tmp_path / out / "policy")):
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole_policy.parameters()))
+        return [m["iteration"] for m in rest]
+    assert go_on("first", "second") == [3, 4]
+    assert go_on("second", "third") == [], "a run that is over has no iteration left, but its policy is there"
+    with pytest.raises(ValueError, match="second already holds a run"):
+        go_on("first", "second")
+
+
+def test_a_run_from_a_judge_that_stops_before_its_first_checkpoint_starts_again_the_same(tmp_path):
+    judge = save_pair(tmp_path / "judge", *random_judge())
+    policy = save_pair(tmp_path / "policy", gpt2(), letters())
+    settings = {"policy": policy, "judge": judge, "pairs": 20, "preference_epochs": 1, "save_every": 2, "iterations": 2}
+    whole = list(rlaif.train(toy_config(tmp_path, **settings)))
+    for metrics in rlaif.train(toy_config(tmp_path, out=str(tmp_path / "run"), **settings)):
+        break
+    rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"))))
+    assert same_but_for_timings(rest, whole), "fitting the preference model moved the random numbers of the run"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1243,6 +1315,10 @@ BAD_FLAGS = {
     ("--iterations", 0): "iterations must be at least 1",
     ("--temperature", 0): "temperature must be greater than 0",
     ("--gamma", 1.5): "gamma must be from 0 to 1",
+    ("--pairs", 1): "pairs must be at least 2",
+    ("--batch_size", 1, "--minibatch_size", 1): "batch_size must be at least 2",
+    ("--beta", 0, "--beta_control", "batch"): "beta must be greater than 0",
+    ("--policy", "custom"): "policy: cannot load a model from custom",
     ("--template", "no place"): "template must hold {prompt} once",
     ("--template", "{prompt} {"): "template must hold {prompt} once",
     ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
@@ -1278,6 +1354,11 @@ def bench(tmp_path_factory):
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     save_pair(folder / "pickled", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    save_pair(folder / "custom", gpt2(), letters())  # a model that asks for code of its own to be run
+    config = json.loads((folder / "custom" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "custom" / "config.json").write_text(json.dumps(config))
+    (folder / "custom" / "own.py").write_text("raise SystemExit('code of a model folder was run')")
     torch.save({}, folder / "pickled" / "pytorch_model.bin")
     (folder / "pickled" / "model.safetensors").unlink()
     for name, data in {"p.txt": b"ab\nc\n", "empty.txt": b"", "blank.txt": b"ab\n \nc", "latin.txt": "a\né".encode("latin-1"), "other.txt": "ж".encode(),
@@ -1309,6 +1390,10 @@ def test_scores_or_losses_that_stop_being_finite_stop_the_run_and_name_the_itera
     with pytest.raises(FloatingPointError, match="iteration 1: the loss"):
         toy_train(tmp_path, score=lambda p, r: [3e38] * (len(r) - 1) + [-3e38], policy=policy, whiten_scores=False, whiten_advantages=False)
     assert all(torch.isfinite(p).all() for p in policy.parameters()), "a step was taken on a loss that is not finite"
+    policy.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(FloatingPointError, match="iteration 1: the loss or its gradient"):
+        toy_train(tmp_path, policy=policy)
+    assert all(torch.isfinite(p).all() for p in policy.parameters()), "a step was taken along a gradient that is not finite"
     with pytest.raises(ValueError, match="one number for each"):
         toy_train(tmp_path, score=lambda p, r: [1.0])
 
@@ -1349,6 +1434,9 @@ def test_resuming_with_other_settings_says_which_changed(tmp_path, capsys):
         next(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"), beta=0.7)))
     code, _, err = run_main(capsys, "--resume", tmp_path / "run", "--beta", rlaif.Config().beta)
     assert code == 2 and "beta (was 0.5" in err, "a default given by hand is a change too"
+    given = rlaif.parse(["--resume", str(tmp_path / "run"), "--device", "auto", "--save_every", "10"])
+    assert (given.device, given.save_every, given.beta) == ("auto", 10, 0.5), "a default given by hand for what may change is taken"
+    assert rlaif.parse(["--resume", str(tmp_path / "run")]).device == "cpu", "what is not given is the run's own"
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
     with pytest.raises(ValueError, match="checkpoint.pt"):
         next(rlaif.train(rlaif.Config(resume=str(tmp_path / "run")), score=count_a, policy=gpt2(), tokenizer=letters()))
@@ -1389,6 +1477,20 @@ def test_a_response_is_cut_from_the_whole_text_with_its_first_space():
     assert tokenizer.decode([1, 1]) == "b b", "this tokenizer drops the first space"
     assert rlaif.decode(tokenizer, [[0]], [[1, 1, 2]]) == [" b b"]
     assert rlaif.decode(letters("a .", clean_up_tokenization_spaces=True), [[0]], [[1, 2, 3]]) == [" ."], "the space before a full stop is the response's own"
+
+
+def test_a_table_shows_any_text_in_one_cell_and_means_count_every_reply(tmp_path):
+    row = ("a|b\nc", " x |\n y", 0.5, None, 0.0)
+    assert rlaif.samples_table([row], [row]).splitlines()[2] == "| a\\|b c | x \\| y | 0.50 |  | x \\| y | 0.50 |  |"
+    run = rlaif.prepare(toy_config(tmp_path, eval_samples=150), count_a, None, gpt2(), letters())
+    random_state = torch.get_rng_state()
+    means, rows = rlaif.evaluate(run)  # 300 replies, in two batches
+    assert torch.equal(random_state, torch.get_rng_state()), "measuring must not move the run's random numbers"
+    close(means["score"], sum(count_a([], [row[1] for row in rows])) / 300, "score is the mean over all replies", atol=1e-5)
+    exact = [enumerate_logprobs(run.policy, ids) for ids in ([0, 1], [2])]
+    entropy, length = (sum((p.sum(1).exp() * x).sum().item() for p, x in zip(exact, y)) / 2
+                       for y in ([-p.sum(1) for p in exact], [ALL_MASK.sum(1)] * 2))
+    assert abs(means["entropy"] * means["length"] - entropy) < 0.2 and abs(means["length"] - length) < 0.15, "entropy is per token"
 
 
 def test_a_prefix_is_scored_as_a_response_that_has_not_ended(tmp_path):
