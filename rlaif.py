@@ -1241,9 +1241,10 @@ def restore(run):
             torch.set_rng_state(state["rng"])
             if state["device_rng"] is not None and run.device.type != "cpu":
                 torch.get_device_module(run.device).set_rng_state(state["device_rng"])
-            run.iteration, run.beta, run.saved = state["iteration"], state["beta"], True
+            run.iteration, run.beta = state["iteration"], state["beta"]
         except Exception as error:  # a damaged file may fail in any of its readers
             raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
+        run.saved = same_folder(source, run.out)
         lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))
     if run.iteration == run.config.iterations:

@@ -20,6 +20,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -396,7 +398,7 @@ def random_model(kind, layers, width):
 
 
 def speed_here(iterations, layers, width, batch, length, value):
-    """Seconds of each iteration of `rlaif.train` on prompts of 12 tokens, and the line that says where they went."""
+    """Train a random model on prompts of 12 tokens -> what `rlaif.prepare` made, and the metrics of each iteration."""
     torch.manual_seed(0)
     policy, tokenizer = random_model(GPT2LMHeadModel, layers, width)
     scorer, _ = random_model(GPT2ForSequenceClassification, layers, width)
@@ -406,9 +408,39 @@ def speed_here(iterations, layers, width, batch, length, value):
         config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch,
                               max_new_tokens=length, value=value, device="cpu", learning_rate=1e-6)
         run = rlaif.prepare(config, rlaif.PreferenceModel(scorer, tokenizer, "{prompt}"), None, policy, tokenizer)
-    history = list(rlaif.ppo(run))
-    where = rlaif.where_the_time_went(run, history)
-    return [batch / metrics["episodes_per_second"] for metrics in history], where
+    return run, list(rlaif.ppo(run))
+
+
+def floor(run, history):
+    """Print, for each phase of an iteration, the least it could take: its floating-point operations at the rate of a large
+    matrix product, and its weights (with gradients and Adam's moments in the update) moved at the rate of a large copy."""
+    config = run.config
+    square, long = torch.randn(1024, 1024), torch.randn(2**26)
+    per_flop = Timer("x @ x", globals={"x": square}, num_threads=2).blocked_autorange().median / (2 * 1024**3)
+    per_byte = Timer("x.clone()", globals={"x": long}, num_threads=2).blocked_autorange().median / (8 * 2**26)
+    prompts = run.prompts[:config.batch_size]
+    *inputs, texts, ended = rlaif.respond(run.policy, run.tokenizer, prompts, config)
+
+    def both():
+        with torch.no_grad():
+            rlaif.response_logits(run.policy, *inputs, run.value)
+            rlaif.response_logits(run.reference, *inputs)
+    flops = {}
+    for phase, work in {"generate": lambda: rlaif.respond(run.policy, run.tokenizer, prompts, config),
+                        "score": lambda: run.score(prompts, texts, ended, 0), "reference": both}.items():
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops[phase] = counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        rlaif.response_logits(run.policy, *inputs, run.value)
+    flops["update"] = 3 * config.ppo_epochs * counter.get_total_flops()  # a training pass: three forward ones
+    weights = 4 * sum(p.numel() for p in run.parameters)
+    steps = config.ppo_epochs * config.batch_size // config.minibatch_size
+    moved = {"generate": config.max_new_tokens * weights, "score": weights, "reference": 2 * weights, "update": 10 * steps * weights}
+    for phase in rlaif.PHASES:
+        measured = statistics.median(metrics[f"seconds_{phase}"] for metrics in history[1:])
+        print(f"| {run.policy.config.n_layer} | {config.value} | {phase} | {flops[phase] / 1e9:.1f} | {1e3 * flops[phase] * per_flop:.0f} | "
+              f"{moved[phase] / 1e6:.0f} | {1e3 * moved[phase] * per_byte:.0f} | {1e3 * measured:.0f} |", flush=True)
 
 
 def speed_of_trl(iterations, layers, width, batch, length):
@@ -440,9 +472,14 @@ def speed():
     torch.set_num_threads(2)
     print("\n| layers | width | batch | length | episodes per second | where the time went |\n|---|---|---|---|---|---|")
     for size in SPEEDS:
-        seconds, where = speed_here(4, **size)
-        print(f"| {size['layers']} | {size['width']} | {size['batch']} | {size['length']} | {size['batch'] / statistics.median(seconds[1:]):.0f} "
-              f"| {where.split(': ')[1]} |", flush=True)
+        run, history = speed_here(4, **size)
+        rate = statistics.median(metrics["episodes_per_second"] for metrics in history[1:])
+        print(f"| {size['layers']} | {size['width']} | {size['batch']} | {size['length']} | {rate:.0f} "
+              f"| {rlaif.where_the_time_went(run, history).split(': ')[1]} |", flush=True)
+    print("\n| layers | value | phase | GFLOP | at the rate of a matrix product, ms | MB | at the rate of a copy, ms | measured, ms |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for size in SIDE_BY_SIDE:
+        floor(*speed_here(6, **size))
     try:
         import trl
     except ImportError:
@@ -451,7 +488,7 @@ def speed():
     for size in SIDE_BY_SIDE:
         here, there = [], []
         for _ in range(3):  # in turns; the first iteration of each warms up
-            here += speed_here(6, **size)[0][1:]
+            here += [size["batch"] / metrics["episodes_per_second"] for metrics in speed_here(6, **size)[1][1:]]
             there += speed_of_trl(6, **{name: size[name] for name in ("layers", "width", "batch", "length")})
         here, there = (size["batch"] / statistics.median(seconds) for seconds in (here, there))
         print(f"| {size['layers']} | {size['value']} | {here:.0f} | {there:.0f} | {here / there:.2f} |", flush=True)
