@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -658,6 +659,15 @@ def test_a_value_has_read_the_prompt_and_the_tokens_before_its_own():
         close(values[0, t], value.head(policy.transformer(before).last_hidden_state[0, -1])[0], "values are shifted by one token", atol=1e-5)
 
 
+def test_the_value_loss_trains_a_shared_trunk_and_leaves_the_policy_alone_with_a_separate_one():
+    for trunk in (None, gpt2(seed=1).base_model):
+        policy, value = gpt2(), rlaif.ValueFunction(32, trunk, head="random")
+        ids, tokens = torch.tensor([[0, 1]]), torch.tensor([[2, 0, EOS]])
+        rlaif.response_logits(policy, ids, torch.ones_like(ids), tokens, tokens >= 0, value)[1].sum().backward()
+        reached = policy.transformer.wte.weight.grad is not None
+        assert reached == (trunk is None), "values on the policy's trunk are learned by it, those on a trunk of their own are not"
+
+
 @every_architecture
 def test_greedy_generation_is_that_of_transformers_and_of_no_cache(architecture):
     for seed in range(3):
@@ -871,7 +881,7 @@ def test_an_encoder_scores_through_its_own_pooling():
 
 
 def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_calibrated():
-    policy, tokenizer = gpt2(), letters()
+    policy, tokenizer = gpt2(seed=7), letters()
     torch.manual_seed(0)
     preference = rlaif.new_preference_model(policy, tokenizer, "{prompt}")
     assert all(torch.equal(a, b) for a, b in zip(preference.model.base_model.parameters(), policy.base_model.parameters())), "starts from the policy's trunk"
@@ -887,6 +897,17 @@ def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_cali
     assert abs(scores.mean()) < 0.3 and abs(scores.std() - 1) < 1e-3, "not calibrated to mean 0 and std 1 on the samples"
     truth = torch.tensor(count_a([], a + b))
     assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.95, "the scores do not follow what the labels say: sign?"
+
+
+def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit():
+    fitted = []
+    for label in (0.1, 0.9):
+        torch.manual_seed(0)
+        preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
+        labels = torch.cat([torch.linspace(0, 1, 36), torch.full((4,), label)])
+        rlaif.fit_preference(preference, ["c"] * 40, (TEXTS, [True] * 40), (TEXTS[::-1], [True] * 40), labels, epochs=2, minibatch_size=8)
+        fitted.append(preference.model.state_dict())
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0]), "the fit has seen the labels of the held-out pairs"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -927,8 +948,14 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name, calls in seen.items():
                 patch.setattr(rlaif, name, lambda *args, calls=calls, f=getattr(rlaif, name): (calls.append(args), f(*args))[1])
-            generated = []
-            patch.setattr(rlaif, "respond", lambda *args, f=rlaif.respond: (generated.append(f(*args)), generated[-1])[1])
+            generated, asked = [], []
+            patch.setattr(rlaif, "respond", lambda *args, f=rlaif.respond: (asked.append(args[2]), generated.append(f(*args)), generated[-1])[2])
+
+            def prepare(*args, f=rlaif.prepare):
+                run = f(*args)
+                run.beta *= torch.tensor([1.0, 0.5])  # each of the two prompts pays a price of its own
+                return run
+            patch.setattr(rlaif, "prepare", prepare)
             policy, reference = gpt2(seed=0), gpt2(seed=1)
             reference.save_pretrained(tmp_path / "reference")
             letters().save_pretrained(tmp_path / "reference")
@@ -945,6 +972,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
             logprobs[b, t], ref[b, t] = dist.log_prob(tokens[b, t]), ref_dist.log_prob(tokens[b, t])
             entropies.append(dist.entropy())
         d = (logprobs - ref).detach()
+        beta = torch.tensor([0.7 if prompt == "ab" else 0.35 for prompt in asked[0]])
         raw = torch.tensor(count_a([], texts))
         scores = raw.where(ended, torch.tensor(-1.0)) if config.missing_eos_score == -1 else raw
         mean, std = (scores.mean(), scores.std(correction=0)) if config.whiten_scores else (0.0, 1.0)
@@ -959,9 +987,9 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
                 elif t == last[b]:
                     expected[b, t] += (scores[b] - mean) / std
                 if config.kl_level == "token":
-                    expected[b, t] -= 0.7 * kl[b, t]
+                    expected[b, t] -= beta[b] * kl[b, t]
                 elif t == last[b]:
-                    expected[b, t] -= 0.7 * (kl[b].sum() if config.kl_level == "sequence" else kl.sum() / 8)
+                    expected[b, t] -= beta[b] * kl[b].sum() if config.kl_level == "sequence" else (beta * kl.sum(1)).mean()
         rewards, values, its_mask, gamma, lam = seen["gae"][0]
         close(rewards, expected, f"{chosen}: the rewards are not score and KL as set", atol=1e-4)
         assert torch.equal(its_mask, mask) and (values == 0).all() and (gamma, lam) == (config.gamma, config.lam)
@@ -976,7 +1004,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
         close(metrics["score"], raw.mean(), "score is the mean of the raw scores", atol=1e-5)
         close(metrics["gold"], -raw.mean(), "gold is the mean of the gold callable", atol=1e-5)
         close(metrics["kl"], (d * mask).sum() / 8, "kl is the mean over responses of the summed k1", atol=1e-4)
-        close(metrics["objective"], raw.mean() - 0.7 * std * (d * mask).sum() / 8, "objective is score - beta sigma kl", atol=1e-4)
+        close(metrics["objective"], raw.mean() - std * (beta * (d * mask).sum(1)).mean(), "objective is score - beta sigma kl", atol=1e-4)
         close(metrics["entropy"], sum(entropies) / len(entropies), "entropy is the mean over real tokens", atol=1e-4)
         close(metrics["length"], mask.sum() / 8, "length counts real tokens", atol=1e-6)
         close(metrics["eos_fraction"], ended.float().mean(), "eos_fraction", atol=1e-6)
@@ -1091,6 +1119,33 @@ def test_beta_is_kept_or_steered_for_the_batch_or_for_each_prompt(tmp_path, monk
             close(run.beta, [expected] * 2, f"{control}: every prompt has the same beta")
     if control == "prompt":  # 4 responses to each prompt an iteration; the first has no KL, the others far too much
         close(run.beta, [0.5 * (1 - 0.2 * 4 / 100) * (1 + 0.2 * 4 / 100) ** 3] * 2, "each prompt's beta moves by its own responses")
+
+
+def test_steering_takes_the_mean_of_the_batch_or_of_each_prompts_own_responses():
+    index, kl = torch.tensor([0, 0, 2, 0]), torch.tensor([1.0, 3.0, 2.1, 2.3])
+    beta = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
+
+    def steered(control):
+        return rlaif.steer_beta(types.SimpleNamespace(beta=beta, config=rlaif.Config(beta_control=control, kl_target=2.0, kl_horizon=50.0)), index, kl)
+    assert torch.equal(steered("fixed"), beta)
+    close(steered("batch"), beta * (1 + (8.4 / 4 / 2 - 1) * 4 / 50), "one beta for the batch follows the mean KL of its responses", atol=1e-6)
+    close(steered("prompt"), [0.1 * (1 + (6.3 / 3 / 2 - 1) * 3 / 50), 0.2, 0.4 * (1 + (2.1 / 2 - 1) / 50)], "a prompt's beta follows its own mean KL", atol=1e-6)
+
+
+def test_the_metrics_of_an_update_are_means_over_its_minibatches(tmp_path, monkeypatch):
+    losses, gaes = [], []
+    monkeypatch.setattr(rlaif, "policy_loss", lambda *args, f=rlaif.policy_loss: (losses.append((args, f(*args))), losses[-1][1])[1])
+    monkeypatch.setattr(rlaif, "gae", lambda *args, f=rlaif.gae: (gaes.append((args, f(*args))), gaes[-1][1])[1])
+    _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=16, value_head="random", learning_rate=3e-2)
+    log_ratios = [(new - old)[mask].detach() for (new, old, _, mask, _), _ in losses]
+    close(metrics["approx_kl"], sum((d.exp() - 1 - d).mean() for d in log_ratios) / 16, "approx_kl is the mean of rho - 1 - log rho", atol=1e-5)
+    close(metrics["ratio"], sum(d.exp().mean() for d in log_ratios) / 16, "ratio is the mean of rho", atol=1e-5)
+    close(metrics["policy_loss"], sum(loss for _, (loss, _) in losses) / 16, "policy_loss is the mean over the minibatches", atol=1e-5)
+    close(metrics["clip_fraction"], sum(cut for _, (_, cut) in losses) / 16, "clip_fraction is the mean over the minibatches", atol=1e-5)
+    (_, values, mask, *_), (_, returns) = gaes[0]
+    explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)
+    close(metrics["explained_variance"], explained, "explained variance is 1 - var(R - V) / var(R)", atol=1e-4)
+    assert metrics["clip_fraction"] > 0 and abs(explained) > 0.01, "the example should show something"
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(tmp_path):
@@ -1483,11 +1538,15 @@ def test_a_table_shows_any_text_in_one_cell_and_means_count_every_reply(tmp_path
     row = ("a|b\nc", " x |\n y", 0.5, None, 0.0)
     assert rlaif.samples_table([row], [row]).splitlines()[2] == "| a\\|b c | x \\| y | 0.50 |  | x \\| y | 0.50 |  |"
     run = rlaif.prepare(toy_config(tmp_path, eval_samples=150), count_a, None, gpt2(), letters())
+    run.reference = gpt2(seed=1)
     random_state = torch.get_rng_state()
     means, rows = rlaif.evaluate(run)  # 300 replies, in two batches
     assert torch.equal(random_state, torch.get_rng_state()), "measuring must not move the run's random numbers"
     close(means["score"], sum(count_a([], [row[1] for row in rows])) / 300, "score is the mean over all replies", atol=1e-5)
     exact = [enumerate_logprobs(run.policy, ids) for ids in ([0, 1], [2])]
+    ref = [enumerate_logprobs(run.reference, ids) for ids in ([0, 1], [2])]
+    kl = {(prompt, text): (p[i] - q[i]).sum().item() for prompt, p, q in zip(("ab", "c"), exact, ref) for i, text in enumerate(TEXTS)}
+    close([row[4] for row in rows], [kl[row[:2]] for row in rows], "the KL of a reply is over its own tokens", atol=1e-4)
     entropy, length = (sum((p.sum(1).exp() * x).sum().item() for p, x in zip(exact, y)) / 2
                        for y in ([-p.sum(1) for p in exact], [ALL_MASK.sum(1)] * 2))
     assert abs(means["entropy"] * means["length"] - entropy) < 0.2 and abs(means["length"] - length) < 0.15, "entropy is per token"
