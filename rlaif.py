@@ -182,7 +182,7 @@ def ask_judge(judge, tokenizer, questions):
             raise ValueError("judge: its tokenizer writes the answers A and B alike")
         rows.append(a[:split])
         answer_ids.append((a[split], b[split]))
-    prob_a = torch.empty(len(rows))
+    prob_a = torch.empty(len(rows), device="cpu")
     for chunk in chunks_of_like_length(rows):
         ids, mask = pad([rows[i] for i in chunk], "left", judge.device)  # (n, L)
         require_room(judge, ids, "judge")
@@ -403,7 +403,8 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0; got {max_new_tokens}, {temperature}")
-    eos = torch.tensor([] if eos_token_id is None else eos_token_id).long().reshape(-1).to(input_ids.device)
+    eos = [] if eos_token_id is None else eos_token_id
+    eos = torch.tensor(eos, dtype=torch.long, device=input_ids.device).reshape(-1)
     position = attention_mask.cumsum(dim=1) - 1  # counted over real tokens: left padding moves nothing
     new, cache, tokens, mask = input_ids, None, [], []
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
