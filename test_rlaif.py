@@ -1574,6 +1574,7 @@ def test_every_new_tensor_is_made_where_its_inputs_are(tmp_path):
         labels = rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"])
     made = [ids, attention, tokens, mask, ended, logits, values, prefixes, dense_scores(prefixes, mask), *rewards, *losses, labels]
     assert all(tensor.device.type == "cpu" for tensor in made)
+    close(labels, rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"]), "the answers were looked up with indices that hold no data")
 
 
 def test_a_prefix_is_scored_as_a_response_that_has_not_ended(tmp_path):
