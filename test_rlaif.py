@@ -834,8 +834,8 @@ def test_a_comparison_keeps_its_principle_in_both_orders(monkeypatch):
 def test_the_judge_is_read_at_the_first_token_in_which_the_answers_differ(chat):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<tutti>{% endif %}" if chat else None
     judge, tokenizer = random_judge(chat_template=template)
-    questions = ["ab", "cdefgh"]
-    prompt = ["<user>ab<tutti>", "<user>cdefgh<tutti>"] if chat else ["ab ", "cdefgh "]  # " A" and " B" differ after the space
+    questions = ["cdefgh", "ab", "cde"]
+    prompt = [f"<user>{question}<tutti>" if chat else f"{question} " for question in questions]  # " A" and " B" differ after the space
     for question, expected in zip(rlaif.ask_judge(judge, tokenizer, questions), prompt):
         logits = judge(torch.tensor([tokenizer(expected).input_ids])).logits[0, -1]
         pair = logits[tokenizer.convert_tokens_to_ids(["A", "B"])]
@@ -902,6 +902,20 @@ def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_cali
     assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.95, "the scores do not follow what the labels say: sign?"
 
 
+def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(tmp_path, monkeypatch):
+    def judged(judge, tokenizer, constitution, prompts, a, b):
+        return torch.sigmoid(torch.tensor(count_a([], a)) - torch.tensor(count_a([], b)))
+    monkeypatch.setattr(rlaif, "judge_pairs", judged)
+    torch.manual_seed(0)
+    config = toy_config(tmp_path, pairs=300, preference_learning_rate=3e-3)
+    preference, report = rlaif.preference_from_judge(config, gpt2(), letters(), None, None, None, ["ab", "c"])
+    (a, ended_a), (b, _) = report["samples"]
+    close(report["prob_a"], judged(None, None, None, None, a, b), "the labels do not belong to the pairs they were given for", atol=1e-6)
+    assert len(a) == 300 and abs(report["prompts"].count("ab") - 150) <= 1 and all(ended_a[i] for i, text in enumerate(a) if len(text) < 3)
+    scores = torch.tensor(preference(["c"] * 40, TEXTS))
+    assert torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], TEXTS))]))[0, 1] > 0.2, "it prefers what the judge does not: sign?"
+
+
 def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit():
     fitted = []
     for label in (0.1, 0.9):
@@ -936,7 +950,7 @@ def test_the_reference_and_the_preference_model_never_change(tmp_path, monkeypat
     preference = rlaif.PreferenceModel(gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters(), "{prompt}")
     before = copy.deepcopy(preference.model.state_dict())
     start = copy.deepcopy(gpt2().state_dict())
-    policy, _ = toy_train(tmp_path, score=preference)
+    policy, _ = toy_train(tmp_path, score=preference, policy=gpt2().train())
     assert all(torch.equal(start[name], tensor) for name, tensor in kept[0].reference.state_dict().items()), "the reference was trained"
     assert all(torch.equal(before[name], tensor) for name, tensor in preference.model.state_dict().items()), "the preference model was trained"
     assert any(not torch.equal(start[name], tensor) for name, tensor in policy.state_dict().items()), "the policy was not trained"
@@ -1004,6 +1018,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
               f"{chosen}: the policy loss sees other advantages", atol=1e-5)
         close(sorted(row.sum().item() for call in seen["value_loss"] for row in call[2]), sorted(row.sum().item() for row in returns),
               "the value loss must see the returns as they were before whitening", atol=1e-5)
+        close(metrics["beta"], beta.mean(), "beta is the mean price that this batch paid", atol=1e-6)
         close(metrics["score"], raw.mean(), "score is the mean of the raw scores", atol=1e-5)
         close(metrics["gold"], -raw.mean(), "gold is the mean of the gold callable", atol=1e-5)
         close(metrics["kl"], (d * mask).sum() / 8, "kl is the mean over responses of the summed k1", atol=1e-4)
@@ -1068,9 +1083,22 @@ def test_stop_kl_ends_an_iterations_updates(tmp_path, monkeypatch):
     _, metrics = toy_train(tmp_path, stop_kl=1e-6, iterations=2, ppo_epochs=4, batch_size=16)
     assert len(steps) == sum(m["updates"] for m in metrics) == 2, "the first step moves the policy beyond a tiny stop_kl, so the second must not come"
     assert all(m["approx_kl"] > 1e-6 for m in metrics), "the KL that ended the updates must show in the metrics"
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(rlaif, "kl_estimate", lambda new, old, kind="k1", f=rlaif.kl_estimate: (
+            f(new, old, kind) if kind == "k1" else (seen.append(1), torch.full_like(new, float(len(seen) == 2)))[1]))
+        _, metrics = toy_train(tmp_path, stop_kl=0.5, iterations=1, ppo_epochs=4, batch_size=16)
+    assert metrics[0]["updates"] == 1, "stop_kl ends the iteration's updates: it does not only skip one minibatch"
     steps.clear()
     toy_train(tmp_path, stop_kl=1e6, iterations=2, ppo_epochs=4, batch_size=16)
     assert len(steps) == 2 * 4 * 4
+
+
+def test_entropy_is_that_of_the_distribution_that_is_sampled(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rlaif, "token_entropy", lambda logits, temperature=1.0, f=rlaif.token_entropy: (seen.append(temperature), f(logits, temperature))[1])
+    toy_train(tmp_path, entropy_coef=0.1, iterations=1)
+    assert len(seen) == 1 + 4 * 2 and set(seen) == {0.7}, "the entropy, logged or rewarded, needs the temperature of the sampling"
 
 
 def test_the_entropy_bonus_raises_the_entropy(tmp_path):
@@ -1137,10 +1165,14 @@ def test_steering_takes_the_mean_of_the_batch_or_of_each_prompts_own_responses()
 
 
 def test_the_metrics_of_an_update_are_means_over_its_minibatches(tmp_path, monkeypatch):
-    losses, gaes = [], []
+    losses, gaes, fits = [], [], []
     monkeypatch.setattr(rlaif, "policy_loss", lambda *args, f=rlaif.policy_loss: (losses.append((args, f(*args))), losses[-1][1])[1])
     monkeypatch.setattr(rlaif, "gae", lambda *args, f=rlaif.gae: (gaes.append((args, f(*args))), gaes[-1][1])[1])
-    _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=16, value_head="random", learning_rate=3e-2)
+    monkeypatch.setattr(rlaif, "value_loss", lambda *args, f=rlaif.value_loss: (fits.append(args), f(*args))[1])
+    _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=16, value_head="random", learning_rate=3e-2, clip=0.1, value_clip=0.3)
+    assert {args[4] for args, _ in losses} == {0.1} and {args[4] for args in fits} == {0.3}, "each loss has a clip of its own"
+    new, old, _, mask, _ = fits[0]
+    close(new[mask], old[mask], "before the first step the values are the old ones: are these of other rows?", atol=1e-5)
     log_ratios = [(new - old)[mask].detach() for (new, old, _, mask, _), _ in losses]
     close(metrics["approx_kl"], sum((d.exp() - 1 - d).mean() for d in log_ratios) / 16, "approx_kl is the mean of rho - 1 - log rho", atol=1e-5)
     close(metrics["ratio"], sum(d.exp().mean() for d in log_ratios) / 16, "ratio is the mean of rho", atol=1e-5)
@@ -1554,6 +1586,8 @@ def test_a_table_shows_any_text_in_one_cell_and_means_count_every_reply(tmp_path
     entropy, length = (sum((p.sum(1).exp() * x).sum().item() for p, x in zip(exact, y)) / 2
                        for y in ([-p.sum(1) for p in exact], [ALL_MASK.sum(1)] * 2))
     assert abs(means["entropy"] * means["length"] - entropy) < 0.2 and abs(means["length"] - length) < 0.15, "entropy is per token"
+    run.held = ["c"]
+    assert {row[0] for row in rlaif.evaluate(run)[1]} == {"c"}, "what is measured is measured on the held-out prompts"
 
 
 def test_every_new_tensor_is_made_where_its_inputs_are(tmp_path):
