@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -698,6 +699,9 @@ def test_sampling_follows_the_policy_at_its_temperature_and_nothing_else(tempera
         found[tuple(row[:length])] += 1
     counts = torch.tensor(list(found.values()), dtype=torch.float64)
     chi_square = ((counts - n * expected) ** 2 / (n * expected)).sum().item()
+    wide = gpt2(80)
+    assert (wide(ids[:1]).logits[0, -1].argsort(descending=True)[50:][:, None] == generate(wide, ids, torch.ones_like(ids), 1, None, 0, 1.5)[0][:, 0]).any(), \
+        "nothing beyond the 50 most probable tokens is ever drawn: top-k?"
     assert chi_square < 80, f"sampled frequencies are not the policy's (chi-square {chi_square:.0f} with 39 degrees of freedom)"
 
 
@@ -745,6 +749,12 @@ def test_a_policy_with_several_eos_ids_ends_at_any_of_them(tmp_path):
         response = [token for token, is_real in zip(row, real) if is_real]
         assert end == (response[-1] in (1, EOS)) and not {1, EOS} & set(response[:-1]), "a response ends at the first of its EOS ids"
     assert {1, EOS} <= set(tokens[mask].tolist()), "the example should hold both"
+    policy.generation_config.eos_token_id = None
+    tokenizer = letters()
+    tokenizer.eos_token = None
+    (metrics,) = rlaif.train(toy_config(tmp_path, iterations=1, whiten_scores=False, beta=0.0, missing_eos_score=-9.0), score=count_a, policy=policy,
+                             tokenizer=tokenizer)
+    assert metrics["eos_fraction"] == 0 and metrics["length"] == 3 and metrics["value_loss"] < 9, "without an EOS no response can miss it"
 
 
 def test_pad_may_be_eos_because_masks_come_from_lengths():
@@ -888,6 +898,7 @@ def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_cali
     torch.manual_seed(0)
     preference = rlaif.new_preference_model(policy, tokenizer, "{prompt}")
     assert all(torch.equal(a, b) for a, b in zip(preference.model.base_model.parameters(), policy.base_model.parameters())), "starts from the policy's trunk"
+    assert not preference.model.training, "dropout is on"
     head = preference.model.score.weight
     assert 0.5 < head.std() * 33**0.5 < 1.5, "the head starts normal with std 1/sqrt(D + 1)"
     n = 600
@@ -916,8 +927,10 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
     assert torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], TEXTS))]))[0, 1] > 0.2, "it prefers what the judge does not: sign?"
 
 
-def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit():
-    fitted = []
+def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit(monkeypatch):
+    fitted, rates = [], []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
     for label in (0.1, 0.9):
         torch.manual_seed(0)
         preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
@@ -925,6 +938,7 @@ def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit():
         rlaif.fit_preference(preference, ["c"] * 40, (TEXTS, [True] * 40), (TEXTS[::-1], [True] * 40), labels, epochs=2, minibatch_size=8)
         fitted.append(preference.model.state_dict())
     assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0]), "the fit has seen the labels of the held-out pairs"
+    close(rates, [1e-3 * (1 - i / 10) for i in range(10)] * 2, "the learning rate falls linearly to 0 over the steps of all epochs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -971,6 +985,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
             def prepare(*args, f=rlaif.prepare):
                 run = f(*args)
                 run.beta *= torch.tensor([1.0, 0.5])  # each of the two prompts pays a price of its own
+                assert not run.reference.training, "dropout is on in the reference"
                 return run
             patch.setattr(rlaif, "prepare", prepare)
             policy, reference = gpt2(seed=0), gpt2(seed=1)
@@ -1124,6 +1139,9 @@ def test_the_value_function_learns_the_returns_and_leaves_the_policy_alone_when_
     assert all(torch.equal(a, b) for a, b in zip(run.value.trunk.parameters(), preference.model.base_model.parameters())), "starts from the preference model"
     assert run.value.trunk is not preference.model.base_model
     assert 0.5 < run.value.head.weight.std() * 33**0.5 < 1.5, "a random head starts normal with std 1/sqrt(D + 1)"
+    run = rlaif.prepare(toy_config(tmp_path, value="separate", adam_epsilon=0.25), count_a, None, policy, letters())
+    assert not {id(p) for p in run.value.parameters()} & {id(p) for p in policy.parameters()}, "a separate trunk is a copy"
+    assert run.optimizer.param_groups[0]["eps"] == 0.25
     with pytest.raises(ValueError, match="tokenizer"):
         rlaif.prepare(toy_config(tmp_path, value="preference"), count_a, None, policy, letters())
 
@@ -1169,7 +1187,18 @@ def test_the_metrics_of_an_update_are_means_over_its_minibatches(tmp_path, monke
     monkeypatch.setattr(rlaif, "policy_loss", lambda *args, f=rlaif.policy_loss: (losses.append((args, f(*args))), losses[-1][1])[1])
     monkeypatch.setattr(rlaif, "gae", lambda *args, f=rlaif.gae: (gaes.append((args, f(*args))), gaes[-1][1])[1])
     monkeypatch.setattr(rlaif, "value_loss", lambda *args, f=rlaif.value_loss: (fits.append(args), f(*args))[1])
-    _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=16, value_head="random", learning_rate=3e-2, clip=0.1, value_clip=0.3)
+    steered = []
+    monkeypatch.setattr(rlaif, "steer_beta", lambda *args, f=rlaif.steer_beta: (steered.append(args), f(*args))[1])
+
+    def prepare(*args, f=rlaif.prepare):
+        run = f(*args)
+        run.beta *= torch.tensor([1.0, 0.5])  # each of the two prompts pays a price of its own
+        return run
+    monkeypatch.setattr(rlaif, "prepare", prepare)
+    _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=15, value_head="random", learning_rate=3e-2, clip=0.1, value_clip=0.3, beta=2.0)
+    (_, index, sequence_kl), = steered
+    close(metrics["beta"], (2.0 - index.double()).mean(), "beta is the mean price that the batch's responses paid", atol=1e-6)
+    close(metrics["kl"], sequence_kl.mean(), "the controllers are fed the KL of whole responses", atol=1e-6)
     assert {args[4] for args, _ in losses} == {0.1} and {args[4] for args in fits} == {0.3}, "each loss has a clip of its own"
     new, old, _, mask, _ = fits[0]
     close(new[mask], old[mask], "before the first step the values are the old ones: are these of other rows?", atol=1e-5)
@@ -1394,8 +1423,9 @@ def test_the_whole_pipeline_from_a_judge(tmp_path, capsys, monkeypatch):
     assert "agrees with the judge" in out
     preference = rlaif.load_preference(rlaif.Config(preference="runs/seed-0/preference"), "cpu")
     assert len(preference(["ab"], ["a"])) == 1
-    code, _, err = run_main(capsys, "--resume", "runs/seed-0")
+    code, out, err = run_main(capsys, "--resume", "runs/seed-0")
     assert code == 0, err
+    assert re.search(r"\| kl \| -?0\.000 \|", out) and not re.search(r"\| kl \| -?0\.000 \| -?0\.000", out), "before is before any training, after is the trained policy"
 
 
 BAD_FLAGS = {
@@ -1586,6 +1616,8 @@ def test_a_table_shows_any_text_in_one_cell_and_means_count_every_reply(tmp_path
     entropy, length = (sum((p.sum(1).exp() * x).sum().item() for p, x in zip(exact, y)) / 2
                        for y in ([-p.sum(1) for p in exact], [ALL_MASK.sum(1)] * 2))
     assert abs(means["entropy"] * means["length"] - entropy) < 0.2 and abs(means["length"] - length) < 0.15, "entropy is per token"
+    torch.rand(1)
+    assert rlaif.evaluate(run)[1] == rows, "the same policy must give the same table"
     run.held = ["c"]
     assert {row[0] for row in rlaif.evaluate(run)[1]} == {"c"}, "what is measured is measured on the held-out prompts"
 
