@@ -1160,8 +1160,10 @@ def test_beta_is_kept_or_steered_for_the_batch_or_for_each_prompt(tmp_path, monk
     run = rlaif.prepare(toy_config(tmp_path, beta=0.5, beta_control=control, kl_target=1e-3, kl_horizon=100.0, iterations=4),
                         count_a, None, gpt2(), letters())
     monkeypatch.setattr(rlaif, "prepare", lambda *args: run)
-    expected = 0.5
+    expected, fed = 0.5, []
+    monkeypatch.setattr(rlaif, "steer_beta", lambda *args, f=rlaif.steer_beta: (fed.append(args[2].mean().item()), f(*args))[1])
     for metrics in rlaif.train(run.config):
+        close(fed[-1], metrics["kl"], "a controller is fed the KL of whole responses", atol=1e-6)
         if control == "batch":
             close(metrics["beta"], expected, "the beta of an iteration was set by the one before", atol=1e-6)
             expected = update_beta(expected, metrics["kl"], 1e-3, 100.0, 8)
@@ -1196,9 +1198,8 @@ def test_the_metrics_of_an_update_are_means_over_its_minibatches(tmp_path, monke
         return run
     monkeypatch.setattr(rlaif, "prepare", prepare)
     _, (metrics,) = toy_train(tmp_path, iterations=1, batch_size=15, value_head="random", learning_rate=3e-2, clip=0.1, value_clip=0.3, beta=2.0)
-    (_, index, sequence_kl), = steered
+    (_, index, _), = steered
     close(metrics["beta"], (2.0 - index.double()).mean(), "beta is the mean price that the batch's responses paid", atol=1e-6)
-    close(metrics["kl"], sequence_kl.mean(), "the controllers are fed the KL of whole responses", atol=1e-6)
     assert {args[4] for args, _ in losses} == {0.1} and {args[4] for args in fits} == {0.3}, "each loss has a clip of its own"
     new, old, _, mask, _ = fits[0]
     close(new[mask], old[mask], "before the first step the values are the old ones: are these of other rows?", atol=1e-5)
