@@ -135,7 +135,7 @@ class Config:
     stop_kl: float = option(
         0.02, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
     learning_rate: float = option(
-        5e-4, "Adam's step size at the start, falling linearly to 0; large models need a small one (3e-6: N+)")
+        5e-4, "Adam's step size at the start, falling linearly to 0; large models need less (3e-6: N+)")
     adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run

@@ -732,6 +732,14 @@ def test_a_model_in_half_precision_is_sampled_and_valued_in_float32(dtype, expec
     assert values.dtype == expected, "values must be float32 at least"
 
 
+def test_a_random_head_starts_with_the_std_of_the_source(monkeypatch):
+    stds = []
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, std: stds.append(std))
+    rlaif.ValueFunction(32, head="random")
+    rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
+    assert stds[0] == stds[-1] == 33**-0.5, "normal, std 1/sqrt(D + 1)"
+
+
 def test_values_keep_float32_when_the_models_run_in_bfloat16():
     value, hidden = rlaif.ValueFunction(32, head="random"), torch.randn(2, 3, 32)
     with torch.autocast("cpu", torch.bfloat16):
