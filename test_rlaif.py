@@ -734,7 +734,7 @@ def test_a_model_in_half_precision_is_sampled_and_valued_in_float32(dtype, expec
 
 def test_a_random_head_starts_with_the_std_of_the_source(monkeypatch):
     stds = []
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, std: stds.append(std))
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *args, **more: stds.append(more.get("std")))
     rlaif.ValueFunction(32, head="random")
     rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
     assert stds[0] == stds[-1] == 33**-0.5, "normal, std 1/sqrt(D + 1)"
