@@ -15,10 +15,10 @@
     |   log pi(y_t) - log pi_ref(y_t) for every token: how far it has drifted ....... 6  kl_estimate
     |       |
     |       v
-    |   reward of each token = -beta * KL, and the whitened score on the last ....... 7  whiten, shape_rewards
+    |   reward of each token = -beta * KL, and the whitened score on the last ....... 7  shape_rewards
     |       |
     |       v
-    |   advantage of each token: how much better it went than the value expected .... 8  gae
+    |   advantage of each token: how much better it went than the value expected .... 8  gae, whiten
     |       |
     |       v
     +-- epochs of clipped updates of the policy and its value function ........... 9  policy_loss, value_loss
@@ -166,7 +166,8 @@ def ask_judge(judge, tokenizer, questions):
 
     Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
     that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
-    asked in its own format. Raises ValueError for a question longer than the judge's context.
+    asked in its own format. Raises ValueError for a question longer than the judge's context, and for a judge
+    whose tokenizer writes both answers alike.
     """
     if tokenizer.chat_template:
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
