@@ -97,18 +97,18 @@ class Config:
     gold: str | None = option(None, "module:function: a truth, logged only; default: the tiny world's")
     out: str | None = option(None, "folder of the run; default: runs/seed-N, in Python nothing is written")
     # AI feedback
-    pairs: int = option(8192, "pairs of replies that the judge compares")
+    pairs: int = option(16384, "pairs of replies that the judge compares")
     preference_epochs: int = option(3, "passes over the labelled pairs")
-    preference_learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0")
+    preference_learning_rate: float = option(5e-4, "Adam's step size, falling linearly to 0")
     # the rollout
     iterations: int = option(80, "rounds of generate, score and update")
-    batch_size: int = option(64, "responses per iteration (512: OAI, InstructGPT)")
-    minibatch_size: int = option(16, "responses per optimizer step, all in memory at once")
-    ppo_epochs: int = option(4, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
+    batch_size: int = option(128, "responses per iteration (512: OAI, InstructGPT)")
+    minibatch_size: int = option(32, "responses per optimizer step, all in memory at once")
+    ppo_epochs: int = option(2, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
     max_new_tokens: int = option(28, "tokens of a response at most")
     temperature: float = option(1.0, "of every softmax, the policy's and the reference's (1: InstructGPT)")
     # the reward
-    beta: float = option(0.2, "price of a nat of KL, in stds of the score if whitened, else in points")
+    beta: float = option(0.3, "price of a nat of KL, in stds of the score if whitened, else in points")
     kl_level: Literal["token", "sequence", "batch"] = option(
         "token", "each token pays its own KL, each last token its response's, or each the batch's mean")
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman 2020)")
@@ -128,15 +128,15 @@ class Config:
     lam: float = option(0.95, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
-    clip: float = option(0.2, "how far the ratio may leave 1 with gain; inf: off (PPO)")
+    clip: float = option(0.1, "how far the ratio may leave 1 with gain; inf: off (0.2: PPO)")
     value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off (OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
     stop_kl: float = option(
-        0.02, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
+        0.05, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
     learning_rate: float = option(
-        5e-4, "Adam's step size at the start, falling linearly to 0; large models need less (3e-6: N+)")
-    adam_epsilon: float = option(1e-3, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
+        1e-3, "Adam's step size at the start, falling linearly to 0; large models need less (3e-6: N+)")
+    adam_epsilon: float = option(3e-4, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
@@ -275,7 +275,7 @@ def new_preference_model(policy, tokenizer, template):
 
 
 def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
-                   learning_rate=1e-3):
+                   learning_rate=5e-4):
     """Fit a preference model, in place, to labels (N,) on N pairs of samples, each (responses, ended).
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have

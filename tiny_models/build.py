@@ -206,7 +206,7 @@ def main():
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    config = rlaif.Config(pairs=16384)
+    config = rlaif.Config()
     tokenizer, judge_rng, policy_rng = make_tokenizer(), random.Random(args.seed), random.Random(args.seed + 1)
     if not (args.check or args.preference):
         (FOLDER / "prompts.txt").write_text("\n".join(world.PROMPTS) + "\n", encoding="utf-8")

@@ -49,8 +49,7 @@ def run(job):
     """
     torch.set_num_threads(1)
     start, how = time.perf_counter(), job["how"]
-    # without stop_kl, so that nothing but what an arm is about holds the policy back
-    config = rlaif.check_config(rlaif.Config(seed=job["seed"], device="cpu", eval_samples=32, stop_kl=math.inf, **job["settings"]))
+    config = rlaif.check_config(rlaif.Config(seed=job["seed"], device="cpu", eval_samples=32, **job["settings"]))
     if "exact" in how:
         return {**job, **exact(how["exact"], job["seed"]), "seconds": time.perf_counter() - start}
     policy, tokenizer = rlaif.load(AutoModelForCausalLM, config.policy, "policy", "cpu")
@@ -165,7 +164,7 @@ def exact(beta, seed):
 # The arms: name of the experiment -> {label: (settings, how)}
 # ---------------------------------------------------------------------------------------------------------------------
 
-BETAS = (0.0, 0.05, 0.2, 0.5, 1.0, 3.0)
+BETAS = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
 EXACT_BETAS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
 DEFAULT = rlaif.Config()
 
@@ -190,14 +189,15 @@ ARMS = {
     "estimator": {kind: (short(kl_estimator=kind), {}) for kind in ("k1", "k2", "k3")} | {"bias and spread": (SHORT, {"yardstick": True})},
     "dense": {"terminal": (SHORT, {}), "dense": (short(dense_reward=True), {})},
     "labels": {label: (SHORT, {"labels": label}) for label in ("both orders, soft", "one order", "hard", "likes length")},
-    "stale": {label: ({"beta": 0.03}, {"stale": label}) for label in ("never renewed", "refit")},
+    "stale": {label: ({"beta": 0.1, "pairs": 8192}, {"stale": label}) for label in ("never renewed", "refit")},
     "direct": {"preference model": (SHORT, {}), "judge itself": (SHORT, {"direct": True})},
     "gae": {f"lambda {lam:g}": (short(lam=lam), {}) for lam in (0.0, 0.5, 0.95, 1.0)},
-    "clip": {f"clip {clip:g}, {epochs} epochs": (short(clip=clip, ppo_epochs=epochs), {})
-             for clip, epochs in ((0.05, 4), (0.2, 4), (1.0, 4), (math.inf, 4), (0.2, 1), (0.2, 8), (math.inf, 8))}
-            | {"REINFORCE with a baseline": (short(clip=math.inf, ppo_epochs=1, minibatch_size=64, lam=1.0), {})},
+    # without stop_kl, so that nothing but the clip holds an update back
+    "clip": {f"clip {clip:g}, {epochs} epochs": (short(clip=clip, ppo_epochs=epochs, stop_kl=math.inf), {})
+             for clip, epochs in ((0.05, 4), (0.1, 4), (0.2, 4), (math.inf, 4), (0.1, 1), (0.1, 2), (0.1, 8), (math.inf, 8))}
+            | {"REINFORCE with a baseline": (short(clip=math.inf, ppo_epochs=1, minibatch_size=128, lam=1.0, stop_kl=math.inf), {})},
     "epsilon": {f"epsilon {epsilon:g}, learning rate {rate:g}": (short(adam_epsilon=epsilon, learning_rate=rate), {})
-                for epsilon, rate in ((1e-5, 2e-4), (1e-4, 3e-4), (1e-3, 5e-4))},
+                for epsilon, rate in ((1e-5, 3e-4), (1e-4, 5e-4), (3e-4, 1e-3), (1e-3, 2e-3))},
     "exact": {f"beta {beta:g}": ({}, {"exact": beta}) for beta in EXACT_BETAS},
 }
 
@@ -267,7 +267,7 @@ def episodes_to(gold):
 
 GOLD, PROXY, KL, FLUENT = measured("gold"), measured("score"), measured("kl"), measured("fluency")
 PEAK = over_training("gold", max)
-SECONDS = over_training("episodes_per_second", lambda x: 64 / statistics.median(x))
+SECONDS = over_training("episodes_per_second", lambda x: DEFAULT.batch_size / statistics.median(x))
 COLUMNS = {  # name of the experiment -> {column: function of one result}
     "beta": {"gold": GOLD, "peak gold": PEAK, "proxy": PROXY, "KL": KL, "fluent": FLUENT, "EOS": measured("eos_fraction")},
     "whitening": {"gold": GOLD, "KL": KL, "fluent": FLUENT},
@@ -405,7 +405,7 @@ def speed_here(iterations, layers, width, batch, length, value):
     with tempfile.TemporaryDirectory() as folder:
         prompts = ["".join(map(chr, row)) for row in torch.randint(0x4E01, 0x4F00, (256, 12)).tolist()]
         pathlib.Path(folder, "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-        config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch,
+        config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch, minibatch_size=16, ppo_epochs=4,
                               max_new_tokens=length, value=value, device="cpu", learning_rate=1e-6)
         run = rlaif.prepare(config, rlaif.PreferenceModel(scorer, tokenizer, "{prompt}"), None, policy, tokenizer)
     return run, list(rlaif.ppo(run))
