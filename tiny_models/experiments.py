@@ -45,7 +45,7 @@ def run(job):
     A job holds `settings` (fields of Config), `seed` and `how`, a dict of what no setting can say:
     scale    multiply the preference score            labels   fit a preference model to labels made in another way
     direct   the judge itself gives the score         stale    watch the preference model age; "refit": renew it halfway
-    exact    the enumerable model of the tests        yardstick  no training: best-of-n, and the estimators of the KL
+    exact    the enumerable model of the tests        yardstick  best-of-n, and the estimators of the KL
     """
     torch.set_num_threads(1)
     start, how = time.perf_counter(), job["how"]
