@@ -8,6 +8,7 @@ experiments share are run once. The tables in README.md and the pictures in figu
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from torch.profiler import profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -443,6 +445,25 @@ def floor(run, history):
               f"{moved[phase] / 1e6:.0f} | {1e3 * moved[phase] * per_byte:.0f} | {1e3 * measured:.0f} |", flush=True)
 
 
+KERNELS = {"matrix products": ("aten::mm", "aten::addmm"), "attention": ("scaled_dot_product",), "GELU": ("gelu",),
+           "layer norm": ("native_layer_norm",), "Adam": ("_fused_adam",)}
+
+
+def kernels(run):
+    """Print where a minibatch's milliseconds go in the update: what the profiler counts on its few large kernels, and all the rest,
+    hundreds of small ones and what lies between them, the profiler's own half millisecond or so included."""
+    config, totals = run.config, []
+    for epochs in (4, 12):  # the second less the first leaves updates alone
+        run.config = dataclasses.replace(config, ppo_epochs=epochs, iterations=run.iteration + 3)
+        with profile() as profiler:
+            seconds = [metrics["seconds_update"] for metrics in rlaif.ppo(run)]
+        events = profiler.key_averages()
+        totals.append([sum(event.self_cpu_time_total for event in events if any(name in event.key for name in names)) / 1e3
+                       for names in KERNELS.values()] + [1e3 * sum(seconds)])
+    *large, whole = [(more - less) / (3 * 8 * config.batch_size // config.minibatch_size) for less, more in zip(*totals)]
+    print(f"| {run.policy.config.n_layer} | {config.value} | " + " | ".join(f"{x:.1f}" for x in [*large, whole - sum(large), whole]) + " |", flush=True)
+
+
 def speed_of_trl(iterations, layers, width, batch, length):
     """Seconds of each iteration of TRL 1.12.0's PPOTrainer on the same work: same models, prompts, epochs and minibatches."""
     import datasets
@@ -480,6 +501,9 @@ def speed():
           "|---|---|---|---|---|---|---|---|")
     for size in SIDE_BY_SIDE:
         floor(*speed_here(6, **size))
+    print(f"\n| layers | value | {' | '.join(KERNELS)} | all the rest | a minibatch, ms |\n|---|---|" + "---|" * (len(KERNELS) + 2))
+    for size in SIDE_BY_SIDE:
+        kernels(speed_here(2, **size)[0])
     try:
         import trl
     except ImportError:
