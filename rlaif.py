@@ -248,6 +248,7 @@ class PreferenceModel:
         """Scores of N lists of token ids -> (N,), with gradient: the head at the last real token of each."""
         ids, mask = pad(rows, "right", self.model.device)  # (N, L)
         require_room(self.model, ids, "preference")
+        torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
         if not hasattr(self.model, "score"):  # an encoder, which pools by itself and looks at the mask
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask,
@@ -734,7 +735,7 @@ def ppo(run):
         # 4. Generate a response to each of B prompts.
         index = balanced_draw(len(run.prompts), config.batch_size)  # (B,)
         prompts = [run.prompts[i] for i in index]
-        with run.autocast:
+        with run.autocast():
             input_ids, attention_mask, tokens, mask, responses, ended = respond(
                 policy, run.tokenizer, prompts, config)  # (B, P), (B, P), (B, T), (B, T), B texts, (B,)
         clock.append(time.perf_counter())
@@ -751,7 +752,7 @@ def ppo(run):
         clock.append(time.perf_counter())
 
         # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update.
-        with torch.no_grad(), run.autocast:
+        with torch.no_grad(), run.autocast():
             logits, values = response_logits(policy, input_ids, attention_mask, tokens, mask, value)
             old_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
             entropy = masked_mean(token_entropy(logits, config.temperature), mask)
@@ -782,7 +783,7 @@ def ppo(run):
         shuffled = [torch.randperm(len(mask)) for _ in range(config.ppo_epochs)]
         for rows in [rows for order in shuffled for rows in order.split(config.minibatch_size)]:
             m, old = mask[rows], old_logprobs[rows]
-            with run.autocast:
+            with run.autocast():
                 logits, new_values = response_logits(
                     policy, input_ids[rows], attention_mask[rows], tokens[rows], m, value)
             logprobs = token_logprobs(logits, tokens[rows], config.temperature)
@@ -1038,7 +1039,7 @@ def scorer(function, name, run):
     """Wrap a callable from (prompts, responses) to floats: -> (B,) float32 on the run's device, checked."""
     def call(prompts, responses, ended, iteration):
         more = [ended] if isinstance(function, PreferenceModel) else []
-        with run.autocast:
+        with run.autocast():
             scores = torch.as_tensor(function(list(prompts), list(responses), *more), dtype=torch.float32)
         if scores.shape != (len(prompts),):
             raise ValueError(f"iteration {iteration}: {name} must give one number for each of {len(prompts)} "
@@ -1060,7 +1061,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     config = check_config(config)
     run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
                                 out=pathlib.Path(config.out) if config.out else None)
-    run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    half = config.dtype == "bfloat16"
+    run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, half)  # entered twice, one stays on
     passed = policy is not None
     if passed:
         policy, tokenizer = policy.to(run.device).eval(), tokenizer or load_tokenizer(config.policy, "policy")
@@ -1110,7 +1112,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
             save_model(run.reference, tokenizer, run.out / "reference")
     if judge:
         torch.manual_seed(config.seed)
-        with run.autocast:
+        with run.autocast():
             score, report = preference_from_judge(config, policy, tokenizer, *judge, principles, run.prompts)
         tqdm.write(f"preference model: on held-out pairs it agrees with the judge, where that is sure, in "
                    f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
@@ -1265,7 +1267,7 @@ def evaluate(run, prompts=None):
     prompts = (prompts or run.held) * run.config.eval_samples
     devices = [] if run.device.type == "cpu" else [run.device.index or 0]
     sums, rows = {}, []
-    with torch.random.fork_rng(devices, device_type=run.device.type), run.autocast:
+    with torch.random.fork_rng(devices, device_type=run.device.type), run.autocast():
         torch.manual_seed(run.config.seed)
         for start in range(0, len(prompts), 256):
             batch = prompts[start:start + 256]

@@ -921,6 +921,23 @@ def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_cali
     assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.95, "the scores do not follow what the labels say: sign?"
 
 
+def test_a_fit_in_bfloat16_sees_the_steps_that_it_has_taken():
+    preference, labels = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}"), torch.rand(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        rlaif.fit_preference(preference, ["c"] * 40, (TEXTS[:40], [True] * 40), (TEXTS[:40][::-1], [True] * 40), labels, minibatch_size=8, learning_rate=1e-2)
+        scores = preference(["c"] * 40, TEXTS[:40])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scores == preference(["c"] * 40, TEXTS[:40]), "the scores are those of weights that autocast keeps a copy of, from before a step"
+
+
+def test_bfloat16_ends_where_the_models_end(tmp_path):
+    config = toy_config(tmp_path, iterations=1, batch_size=4, minibatch_size=4, dtype="bfloat16", eval_samples=2)
+    run = rlaif.prepare(config, rlaif.new_preference_model(gpt2(), letters(), "{prompt}"), None, gpt2(), letters())
+    rlaif.evaluate(run)
+    assert len(list(rlaif.ppo(run))) == 1
+    assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
+
+
 def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(tmp_path, monkeypatch):
     def judged(judge, tokenizer, constitution, prompts, a, b):
         return torch.sigmoid(torch.tensor(count_a([], a)) - torch.tensor(count_a([], b)))
