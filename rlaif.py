@@ -32,9 +32,9 @@ with r in units of its std over the batch, unless `whiten_scores` is off.
 One letter per tensor axis, everywhere: B batch, T response (padded on the right), P prompt (padded on the
 left), V vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is
 made from lengths: whether a token is padding is never read off its id. Each function of sections 6 to 9 can
-be copied alone into a notebook; that is why each checks its mask itself.
+be copied alone into a notebook; that is why each that takes a mask checks it itself.
 
-    python rlaif.py                               PPO on the three tiny models beside this file, in a minute
+    python rlaif.py                               PPO on the tiny models beside this file, in a minute
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
     python rlaif.py --help                        every setting with its unit, default and source
 """
@@ -129,7 +129,7 @@ class Config:
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
     clip: float = option(0.1, "how far the ratio may leave 1 with gain; inf: off (0.2: PPO)")
-    value_clip: float = option(0.2, "how far a value may move in one iteration; inf: off (OAI)")
+    value_clip: float = option(0.2, "how far a value may move in one iteration with gain; inf: off (OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
     stop_kl: float = option(
@@ -230,8 +230,8 @@ class PreferenceModel:
     """r(x, y): a sequence classifier with one output. It reads text, so its tokenizer may be any.
 
     Called with lists of N prompts and N responses, it returns a list of N floats: the score callable of
-    `train`. `ended` says which responses ended with an EOS of the policy's; those get the preference model's
-    own EOS at their end.
+    `train`. `ended` says which responses ended with an EOS of the policy's (all, if it is not given); those
+    get the preference model's own EOS at their end.
     """
 
     def __init__(self, model, tokenizer, template):
@@ -259,7 +259,7 @@ class PreferenceModel:
     @torch.no_grad()
     def __call__(self, prompts, responses, ended=None):
         rows = self.tokenize(prompts, responses, [True] * len(prompts) if ended is None else ended)
-        scores = torch.empty(len(rows))
+        scores = torch.empty(len(rows), device="cpu")
         for chunk in chunks_of_like_length(rows):
             scores[chunk] = self.scores([rows[i] for i in chunk]).cpu()
         return scores.tolist()
@@ -281,8 +281,9 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
 
     The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
     std 1; their mean is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees
-    differences. Returns a dict, all measured before the scaling: `accuracy` and `loss` on the held-out pairs,
-    `train_loss` of the last epoch, and `floor`, the entropy of all labels; losses in nats.
+    differences. Returns a dict, all measured before the scaling: `loss` on the held-out pairs, `accuracy` on
+    those of them whose label is sure, below 0.25 or above 0.75 (NaN if none is), `train_loss` of the last
+    epoch, and `floor`, the entropy of all labels; losses in nats.
     """
     rows_a, rows_b = preference.tokenize(prompts, *samples_a), preference.tokenize(prompts, *samples_b)
     prob_a = prob_a.to(preference.model.device)
@@ -401,7 +402,8 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
     Plain categorical sampling from softmax(logits / temperature): no top-k, no top-p, no minimum length,
     because whatever bends the sampling away from the policy makes the sampled KL wrong, even negative.
     Temperature 0 takes the most probable token. `eos_token_id` is an int, a list or None; a response's EOS
-    belongs to it, PAD follows. Random numbers come from torch's global generator.
+    belongs to it, PAD follows. Random numbers come from torch's global generator. Raises ValueError if
+    max_new_tokens is below 1 or the temperature negative.
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0; got {max_new_tokens}, {temperature}")
@@ -491,7 +493,8 @@ def balanced_draw(n, k):
 
 
 def score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration):
-    """The score of every prefix, read as text -> (B, T), and on the last token that of the response (B,)."""
+    """The score of every prefix, read as text -> (B, T), and on the last token that of the response (B,).
+    `run` is what `prepare` makes."""
     prompt_rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool())]
     at = mask.nonzero().tolist()  # (row, t) of every real token
     prefix_rows = [tokens[b, :t + 1].tolist() for b, t in at]
@@ -531,7 +534,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
     exp(-d) - 1 + d has the right mean and is never negative. Charged as a reward, as here, only k1 makes the
     policy gradient that of the KL; the gradient of k2 itself would do so in a loss. (Schulman 2020,
-    "Approximating KL divergence")
+    "Approximating KL divergence") Raises ValueError for another kind.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -556,19 +559,6 @@ def update_beta(beta, kl, target, horizon, n):
     return beta * change.to(beta) if isinstance(beta, torch.Tensor) else beta * change.item()
 
 
-def steer_beta(run, index, sequence_kl):
-    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
-    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
-    target, horizon = run.config.kl_target, run.config.kl_horizon
-    if run.config.beta_control == "fixed":
-        return run.beta
-    if run.config.beta_control == "batch":
-        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
-    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
-    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
-    return update_beta(run.beta, prompt_kl, target, horizon, n)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 7. Rewards
 # ------------------------------------------------------------------------------------------------------------
@@ -581,29 +571,14 @@ def masked_mean(x, mask):
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
-def whiten(x, mask=None, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
-
-    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
-    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
-    """
-    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
-    x = torch.where(mask, x, 0.0)
-    mean = x.sum() / mask.sum()
-    centered = torch.where(mask, x - mean, 0.0)
-    whitened = centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
-    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
-
-
 def shape_rewards(scores, kl, mask, beta, level="token"):
     """The reward of each token: scores (B,), kl and mask (B, T), beta a float or (B,) -> (B, T).
 
     The score stands on the last token, the EOS itself. From it is taken beta * KL: with level "token" each
     token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
-    KL; with "batch" every last token pays the batch's mean. In the first two a row sums to score - beta * its
-    KL. Raises ValueError if a row has no True.
+    KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the batch's mean, of
+    which only 1/B is its response's own: that hardly holds the policy. Raises ValueError for another level or
+    if a row has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -638,12 +613,28 @@ def dense_scores(prefix_scores, mask):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def whiten(x, mask=None, shift_mean=True):
+    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
+
+    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
+    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
+    """
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if not mask.any(dim=-1).all():
+        raise ValueError("every row of the mask needs at least one True")
+    x = torch.where(mask, x, 0.0)
+    mean = x.sum() / mask.sum()
+    centered = torch.where(mask, x - mean, 0.0)
+    whitened = centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
+
+
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: rewards, values, mask (B, T) -> advantages (B, T), returns (B, T).
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last
-    token, be that an EOS or where the length ran out (GAE eq. 12, 16). returns = A + V, taken before A is
-    whitened. Raises ValueError if a row of the mask has no True.
+    token, be that an EOS or where the length ran out (GAE eq. 16; PPO eq. 11, 12). returns = A + V, taken
+    before A is whitened. Raises ValueError if a row of the mask has no True.
     """
     if not mask.any(dim=-1).all():
         raise ValueError("every row of the mask needs at least one True")
@@ -713,17 +704,36 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
 
     `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on:
     callables from (list of prompts, list of responses) to a list of floats. `policy`, a causal language
-    model, is trained in place; `tokenizer` is its tokenizer. An argument goes before the Config field of its
-    name. Raises ValueError for a setting or a file that cannot be used, and FloatingPointError when scores,
-    losses or gradients stop being finite.
+    model, is trained in place; `tokenizer` is its tokenizer. They replace config.preference and config.judge,
+    config.gold, and config.policy. Raises ValueError for a setting or a file that cannot be used, and
+    FloatingPointError when scores, losses or gradients stop being finite.
     """
     run = prepare(resumed(config) if config.resume else config, score, gold, policy, tokenizer)
     restore(run)
     yield from ppo(run)
 
 
+def steer_beta(run, index, sequence_kl):
+    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
+    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
+    target, horizon = run.config.kl_target, run.config.kl_horizon
+    if run.config.beta_control == "fixed":
+        return run.beta
+    if run.config.beta_control == "batch":
+        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
+    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
+    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
+    return update_beta(run.beta, prompt_kl, target, horizon, n)
+
+
 def ppo(run):
     """The loop: from `run`, what `prepare` has made ready, to one dict of metrics per iteration.
+
+    Of the batch, before the update: means of score, gold (both in points), kl (to the reference, in nats per
+    response), entropy (nats per token) and length (tokens); objective = score - beta * std * kl, in points;
+    explained_variance of the returns by the values; distinct, the share of different responses. Of the
+    update: updates, the number of its steps, and means over its minibatches, among them approx_kl (old to
+    new, in nats per token) and grad_norm (before it is cut).
 
     Every model stays in eval mode, also while it is trained: dropout would move the ratio away from 1.
     """
@@ -779,9 +789,10 @@ def ppo(run):
             advantages = whiten(advantages, mask)
 
         # 9. Update: epochs of freshly shuffled minibatches, one optimizer step for each.
-        updates, passed = [], []
-        shuffled = [torch.randperm(len(mask)) for _ in range(config.ppo_epochs)]
-        for rows in [rows for order in shuffled for rows in order.split(config.minibatch_size)]:
+        updates, approx_kls = [], []
+        minibatches = [rows for _ in range(config.ppo_epochs)
+                       for rows in torch.randperm(len(mask)).split(config.minibatch_size)]
+        for rows in minibatches:
             m, old = mask[rows], old_logprobs[rows]
             with run.autocast():
                 logits, new_values = response_logits(
@@ -796,7 +807,7 @@ def ppo(run):
             if not updates:
                 warn_unless_one(ratio, iteration, run)
             approx_kl = masked_mean(kl_estimate(old, logprobs.detach(), "k3"), m).item()  # per token
-            passed.append(approx_kl)
+            approx_kls.append(approx_kl)
             if updates and approx_kl > config.stop_kl:
                 break
             optimizer.zero_grad()
@@ -819,7 +830,7 @@ def ppo(run):
             "beta": beta.mean().item(),
             "entropy": entropy.item(),
             **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
-            "approx_kl": sum(passed) / len(passed),  # old to new, nats per token
+            "approx_kl": sum(approx_kls) / len(approx_kls),
             "updates": len(updates),
             "explained_variance": 1 - ((returns - values)[mask].var(correction=0)
                                        / (returns[mask].var(correction=0) + 1e-8)).item(),
@@ -883,7 +894,6 @@ def check_config(config):
     tiny = config.prompts == Config().prompts
     return dataclasses.replace(
         config,
-        template=config.template.replace("\\n", "\n"),  # a shell passes the two characters
         eval_prompts=config.eval_prompts or ("tiny_models/heldout_prompts.txt" if tiny else None),
         gold=config.gold or ("tiny_models.world:gold_scores" if tiny else None),
         kl_horizon=config.kl_horizon or (20.0 if config.beta_control == "prompt" else 500.0),
@@ -1062,7 +1072,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
                                 out=pathlib.Path(config.out) if config.out else None)
     half = config.dtype == "bfloat16"
-    run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, half)  # entered twice, one stays on
+    run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, half)  # one entered twice stays on
     passed = policy is not None
     if passed:
         policy, tokenizer = policy.to(run.device).eval(), tokenizer or load_tokenizer(config.policy, "policy")
@@ -1088,6 +1098,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     if score is None and config.judge and not kept("preference"):
         judge = load(AutoModelForCausalLM, config.judge, "judge", run.device)
         principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
+        ask_judge(*judge, [JUDGE_QUESTION.format(  # what it cannot answer shows now
+            principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")])
     elif score is None:
         ready = kept("preference") if config.judge else config.preference
         score = load_preference(dataclasses.replace(config, preference=ready), run.device)
@@ -1187,7 +1199,7 @@ def write(path, content):
 
 def record(run, metrics):
     """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
-    checkpoint."""
+    checkpoint; at the end, the policy too."""
     run.iteration = metrics["iteration"]
     if not run.out:
         return
@@ -1248,7 +1260,9 @@ def restore(run):
             run.iteration, run.beta = state["iteration"], state["beta"]
         except Exception as error:  # a damaged file may fail in any of its readers
             raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
-        run.saved = same_folder(source, run.out)
+        if not same_folder(source, run.out):
+            write(run.out / "checkpoint.pt", state)  # this run too may be stopped before its next one
+        run.saved = True
         lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))
     if run.iteration == run.config.iterations:
@@ -1360,17 +1374,19 @@ def parse(argv):
     """The command line as a Config, with the settings of the resumed run where one is named."""
     def complain(message):
         raise ValueError(message)
-    parser = HfArgumentParser(Config, description="RLAIF with PPO. Sources: see Config in rlaif.py.")
+    parser = HfArgumentParser(Config, description=Config.__doc__)
     parser.error = complain
     config = parser.parse_args_into_dataclasses(argv)[0]
+    config.template = config.template.replace("\\n", "\n")  # a shell passes the two characters
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # parsed again, this leaves what was really given
-    return resumed(config, vars(parser.parse_args(argv))) if config.resume else config
+    given = {name: getattr(config, name) for name in vars(parser.parse_args(argv))}
+    return resumed(config, given) if config.resume else config
 
 
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
-    or settings, 130 after Ctrl-C or SIGTERM."""
+    or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt

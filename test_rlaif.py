@@ -1284,6 +1284,25 @@ def test_a_run_goes_on_in_another_folder_and_stays_whole_there(tmp_path, monkeyp
         go_on("first", "second")
 
 
+def test_a_run_that_goes_on_in_another_folder_may_be_stopped_there_at_once(tmp_path):
+    _, whole = toy_train(tmp_path, iterations=4, save_every=2, out=str(tmp_path / "whole"))
+    models = {"score": count_a, "policy": gpt2(), "tokenizer": letters()}
+    for metrics in rlaif.train(toy_config(tmp_path, iterations=4, save_every=2, out=str(tmp_path / "first")), **models):
+        if metrics["iteration"] == 3:
+            break
+    rlaif.restore(rlaif.prepare(rlaif.resumed(rlaif.Config(resume=str(tmp_path / "first"), out=str(tmp_path / "second"))), **models))
+    rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "second")), **models))
+    assert [m["iteration"] for m in rest] == [3, 4] and same_but_for_timings(rest, whole[2:]), "the checkpoint stayed in the first folder"
+
+
+def test_a_resumed_run_is_given_its_template_as_the_shell_first_gave_it(tmp_path):
+    flags = ["--template", "Q: {prompt}\\nA:"]
+    config = rlaif.parse(flags)
+    assert config.template == "Q: {prompt}\nA:"
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert rlaif.parse([*flags, "--resume", str(tmp_path)]).template == config.template
+
+
 def test_a_run_from_a_judge_that_stops_before_its_first_checkpoint_starts_again_the_same(tmp_path):
     judge = save_pair(tmp_path / "judge", *random_judge())
     policy = save_pair(tmp_path / "policy", gpt2(), letters())
@@ -1476,6 +1495,7 @@ BAD_FLAGS = {
     ("--prompts", "other.txt"): "other.txt, line 1: the policy's tokenizer cannot write",
     ("--prompts", "broken.jsonl"): "broken.jsonl, line 2",
     ("--policy", "./nowhere"): "there is no folder",
+    ("--judge", "policy"): "judge: its tokenizer writes the answers A and B alike",
     ("--preference", "policy"): "preference: ",
     ("--preference", "two"): "has 2 outputs, needs exactly one",
     ("--preference", "truncated"): "preference: cannot load a model from",
@@ -1652,6 +1672,7 @@ def test_every_new_tensor_is_made_where_its_inputs_are(tmp_path):
     """The default device here is one that holds no data: a tensor that lands on it by mistake cannot be computed with."""
     policy, value, config = gpt2(), rlaif.ValueFunction(32), toy_config(tmp_path)
     judge, judge_tokenizer = random_judge()
+    preference = rlaif.new_preference_model(policy, letters(), "{prompt}")
     run = types.SimpleNamespace(tokenizer=letters(), score=lambda prompts, texts, ended, iteration: torch.zeros(len(texts), device="cpu"))
     scores, prompts = torch.tensor([1.0, 2.0, 0.0]), ["ab", "c", "ba"]
     with torch.device("meta"):
@@ -1664,6 +1685,7 @@ def test_every_new_tensor_is_made_where_its_inputs_are(tmp_path):
         advantages, returns = gae(rewards[0], values, mask)
         losses = [policy_loss(logprobs, logprobs, whiten(advantages, mask), mask)[0], value_loss(values, values, returns, mask)]
         labels = rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"])
+        assert len(preference(prompts, TEXTS[:3])) == 3
     made = [ids, attention, tokens, mask, ended, logits, values, prefixes, dense_scores(prefixes, mask), *rewards, *losses, labels]
     assert all(tensor.device.type == "cpu" for tensor in made)
     close(labels, rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"]), "the answers were looked up with indices that hold no data")
