@@ -613,22 +613,6 @@ def dense_scores(prefix_scores, mask):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def whiten(x, mask=None, shift_mean=True):
-    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
-
-    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
-    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
-    """
-    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
-    x = torch.where(mask, x, 0.0)
-    mean = x.sum() / mask.sum()
-    centered = torch.where(mask, x - mean, 0.0)
-    whitened = centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
-    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
-
-
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: rewards, values, mask (B, T) -> advantages (B, T), returns (B, T).
 
@@ -648,6 +632,22 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantages.append(advantage)
     advantages = torch.stack(advantages[::-1], dim=1)
     return advantages, advantages + values
+
+
+def whiten(x, mask=None, shift_mean=True):
+    """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
+
+    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
+    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
+    """
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if not mask.any(dim=-1).all():
+        raise ValueError("every row of the mask needs at least one True")
+    x = torch.where(mask, x, 0.0)
+    mean = x.sum() / mask.sum()
+    centered = torch.where(mask, x - mean, 0.0)
+    whitened = centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -488,8 +488,17 @@ def speed_of_trl(iterations, layers, width, batch, length):
     return [end - start for start, end in zip(clock, clock[1:])]
 
 
+def one_iteration(started, trl, value, **size):
+    """Run one iteration -> seconds since `started`, by time.time(), and the process's peak memory in MB."""
+    import resource  # not on Windows
+    torch.set_num_threads(2)
+    speed_of_trl(1, **size) if trl else speed_here(1, value=value, **size)
+    return time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def speed():
-    """Print episodes per second as the work grows, and, where TRL 1.12.0 is installed, beside it: in turns, in this one process."""
+    """Print episodes per second as the work grows, and, where TRL 1.12.0 is installed, beside it: in turns in this process, then
+    each in a process of its own."""
     torch.set_num_threads(2)
     print("\n| layers | width | batch | length | episodes per second | where the time went |\n|---|---|---|---|---|---|")
     for size in SPEEDS:
@@ -508,14 +517,23 @@ def speed():
         import trl
     except ImportError:
         return print("\nno comparison: it needs trl==1.12.0")
-    print(f"\n| layers | value | episodes per second | TRL {trl.__version__} | ratio of medians |\n|---|---|---|---|---|")
+    print(f"\n| layers | value | episodes per second | TRL {trl.__version__} | ratio of medians | of each turn |\n|---|---|---|---|---|---|")
     for size in SIDE_BY_SIDE:
         here, there = [], []
-        for _ in range(3):  # in turns; the first iteration of each warms up
-            here += [size["batch"] / metrics["episodes_per_second"] for metrics in speed_here(6, **size)[1][1:]]
-            there += speed_of_trl(6, **{name: size[name] for name in ("layers", "width", "batch", "length")})
-        here, there = (size["batch"] / statistics.median(seconds) for seconds in (here, there))
-        print(f"| {size['layers']} | {size['value']} | {here:.0f} | {there:.0f} | {here / there:.2f} |", flush=True)
+        for _ in range(5):  # in turns; the first iteration of each warms up
+            here.append([size["batch"] / metrics["episodes_per_second"] for metrics in speed_here(6, **size)[1][1:]])
+            there.append(speed_of_trl(6, **{name: size[name] for name in ("layers", "width", "batch", "length")}))
+        turns = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(here, there))
+        here, there = (size["batch"] / statistics.median(sum(seconds, [])) for seconds in (here, there))
+        print(f"| {size['layers']} | {size['value']} | {here:.0f} | {there:.0f} | {here / there:.2f} | {', '.join(f'{x:.2f}' for x in turns)} |", flush=True)
+    print("\n| layers | value | from start to the end of the first iteration, s | TRL | peak memory, MB | TRL |\n|---|---|---|---|---|---|")
+    for size in SIDE_BY_SIDE:
+        found = []
+        for there in (False, True):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                found.append(process.submit(one_iteration, time.time(), there, **size).result())
+        (seconds, memory), (trl_seconds, trl_memory) = found
+        print(f"| {size['layers']} | {size['value']} | {seconds:.1f} | {trl_seconds:.1f} | {memory:.0f} | {trl_memory:.0f} |", flush=True)
 
 
 def main():
