@@ -40,6 +40,7 @@ be copied alone into a notebook; that is why each that takes a mask checks it it
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -55,11 +56,13 @@ import time
 import types
 import typing
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.utils.benchmark
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import logsigmoid
@@ -166,12 +169,16 @@ def ask_judge(judge, tokenizer, questions):
 
     Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
     that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
-    asked in its own format. Raises ValueError for a question longer than the judge's context, and for a judge
-    whose tokenizer writes both answers alike.
+    asked in its own format. Raises ValueError for a question longer than the judge can read, a tokenizer that
+    writes both answers alike, a chat template that fails, and an answer that is not a number.
     """
     if tokenizer.chat_template:
-        questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                                   add_generation_prompt=True) for question in questions]
+        try:
+            questions = [tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+                for question in questions]
+        except Exception as error:  # a template is a program of the judge's author
+            raise ValueError(f"judge: its chat template fails: {first_line(error)}") from error
     answers = ["A", "B"] if tokenizer.chat_template else [" A", " B"]
     special = not tokenizer.chat_template  # a chat template writes its own BOS
     with_a, with_b = (tokenizer([question + answer for question in questions],
@@ -191,6 +198,8 @@ def ask_judge(judge, tokenizer, questions):
                        logits_to_keep=1).logits[:, -1].float()  # (n, V)
         a_or_b = torch.tensor([answer_ids[i] for i in chunk], device=judge.device)  # (n, 2)
         prob_a[chunk] = logits.gather(1, a_or_b).softmax(dim=1)[:, 0].cpu()
+    if prob_a.isnan().any():
+        raise ValueError("judge: an answer of its is not a number")
     return prob_a
 
 
@@ -246,10 +255,11 @@ class PreferenceModel:
 
     def scores(self, rows):
         """Scores of N lists of token ids -> (N,), with gradient: the head at the last real token of each."""
-        ids, mask = pad(rows, "right", self.model.device)  # (N, L)
+        fill = getattr(self.model.config, "pad_token_id", None) or 0
+        ids, mask = pad(rows, "right", self.model.device, fill)  # (N, L)
         require_room(self.model, ids, "preference")
         torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
-        if not hasattr(self.model, "score"):  # an encoder, which pools by itself and looks at the mask
+        if not hasattr(self.model, "score"):  # it pools by itself, and looks at the mask or for PAD
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask,
                                        use_cache=False).last_hidden_state  # (N, L, D)
@@ -458,9 +468,10 @@ def eos_ids(policy, tokenizer):
 
 
 def tokenize(tokenizer, texts):
-    """Texts as lists of token ids, with the BOS that a tokenizer adds but no EOS: the text goes on."""
-    rows = tokenizer(texts).input_ids
-    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
+    """Texts as lists of token ids, with the BOS that a tokenizer adds but not the EOS: the text goes on."""
+    adds_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
+    return [row[:-1] if adds_eos and row[-1] == tokenizer.eos_token_id else row
+            for row in tokenizer(texts).input_ids]
 
 
 def decode(tokenizer, prompt_rows, response_rows):
@@ -471,14 +482,15 @@ def decode(tokenizer, prompt_rows, response_rows):
     return [both[len(prompt):] for both, prompt in zip(whole, text(prompt_rows))]
 
 
-def pad(rows, side, device):
+def pad(rows, side, device, fill=0):
     """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths."""
     width = max(len(row) for row in rows)
-    fills = [[0] * (width - len(row)) for row in rows]
-    left = side == "left"
-    ids = [fill + row if left else row + fill for row, fill in zip(rows, fills)]
-    mask = [fill + [1] * len(row) if left else [1] * len(row) + fill for row, fill in zip(rows, fills)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def filled(rows, fill):
+        rests = [[fill] * (width - len(row)) for row in rows]
+        whole = [rest + row if side == "left" else row + rest for row, rest in zip(rows, rests)]
+        return torch.tensor(whole, device=device)
+    return filled(rows, fill), filled([[1] * len(row) for row in rows], 0)
 
 
 def chunks_of_like_length(rows, size=256):
@@ -850,6 +862,8 @@ def ppo(run):
 # ------------------------------------------------------------------------------------------------------------
 
 CAN_CHANGE = ("save_every", "device", "out", "resume")  # the settings that a resumed run may change
+WRITTEN = ("config.json", "metrics.jsonl", "checkpoint.pt", "reference", "preference", "policy",
+           "value.safetensors", "samples.md", "learning_curves.png")  # what a run leaves in its folder
 MAY_BE_OFF = ("missing_eos_score", "clip", "value_clip", "stop_kl", "max_grad_norm")  # inf
 LIMITS = {  # what a setting must be -> the settings that must be it
     "at least 1": (lambda x: x >= 1, """preference_epochs iterations batch_size minibatch_size ppo_epochs
@@ -859,6 +873,7 @@ LIMITS = {  # what a setting must be -> the settings that must be it
                                            max_grad_norm adam_epsilon"""),
     "0 or more": (lambda x: x >= 0, """beta value_coef entropy_coef learning_rate preference_learning_rate
                                        seed"""),
+    "below 2**63": (lambda x: x < 2**63, "seed"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam"),
 }
 
@@ -887,10 +902,10 @@ def check_config(config):
         raise ValueError("beta must be greater than 0 if beta_control is to steer it")
     if config.template.count("{prompt}") != 1 or re.search("[{}]", config.template.replace("{prompt}", "")):
         raise ValueError(f"template must hold {{prompt}} once and no other brace, got {config.template!r}")
-    files = [f"{config.out}/{name}" for name in ("config.json", "metrics.jsonl")]
-    if config.out and not same_folder(config.out, config.resume) and any(map(os.path.exists, files)):
-        raise ValueError(f"out: {config.out} already holds a run; go on with it by --resume {config.out}, "
-                         "or name another folder")
+    held = [name for name in WRITTEN if config.out and os.path.exists(f"{config.out}/{name}")]
+    if held and not same_folder(config.out, config.resume):
+        raise ValueError(f"out: name another folder, for {config.out} already holds " + (
+            f"a run; to go on with it: --resume {config.out}" if "config.json" in held else held[0]))
     tiny = config.prompts == Config().prompts
     return dataclasses.replace(
         config,
@@ -898,6 +913,11 @@ def check_config(config):
         gold=config.gold or ("tiny_models.world:gold_scores" if tiny else None),
         kl_horizon=config.kl_horizon or (20.0 if config.beta_control == "prompt" else 500.0),
     )
+
+
+def fingerprint(prompts):
+    """A number that changes with the prompts."""
+    return zlib.crc32("\n".join(prompts).encode())
 
 
 def same_folder(a, b):
@@ -934,7 +954,7 @@ def read_prompts(path, name="prompts"):
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)["prompt"])
-            blank = not prompts[-1].strip()
+            blank = not prompts[-1].strip().encode()  # half a surrogate pair raises ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             blank = True
         if blank:
@@ -954,14 +974,14 @@ def load_tokenizer(path, name):
         raise ValueError(f"{name}: cannot load a tokenizer from {path}: {first_line(error)}") from error
 
 
-def load(kind, path, name, device):
-    """A model in eval mode and float32, and its tokenizer, from a folder or the hub. Raises ValueError.
+def load(kind, path, name, device, dtype=torch.float32):
+    """A model in eval mode and its tokenizer, from a folder or the hub. Raises ValueError.
 
-    Weights come from safetensors only, nothing pickled is read, and no code of the model folder is run.
+    Weights come from safetensors, nothing pickled is trusted, and no code of the model folder is run.
     """
     tokenizer = load_tokenizer(path, name)
     try:
-        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=torch.float32,
+        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=dtype,
                                            trust_remote_code=False, use_safetensors=True,
                                            output_loading_info=True)
     except Exception as error:
@@ -989,7 +1009,7 @@ def check_fit(model, tokenizer, name):
 
 def context_of(model):
     """How many tokens a model can read."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def require_room(model, ids, name):
@@ -1013,7 +1033,10 @@ def load_function(path, name):
     sys.path.insert(0, os.getcwd())
     try:
         module, function = path.split(":")
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError("that is not a function")
+        return found
     except Exception as error:  # a module of the user's may raise anything while it is imported
         raise ValueError(f"{name}: cannot import {path!r} as module:function: {error}") from error
     finally:
@@ -1048,9 +1071,15 @@ def require_finite(x, what, iteration, run):
 def scorer(function, name, run):
     """Wrap a callable from (prompts, responses) to floats: -> (B,) float32 on the run's device, checked."""
     def call(prompts, responses, ended, iteration):
-        more = [ended] if isinstance(function, PreferenceModel) else []
-        with run.autocast():
-            scores = torch.as_tensor(function(list(prompts), list(responses), *more), dtype=torch.float32)
+        if isinstance(function, PreferenceModel):
+            with run.autocast():
+                given = function(prompts, responses, ended)
+        else:
+            given = function(list(prompts), list(responses))
+        try:
+            scores = torch.as_tensor(given, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):  # no numbers at all
+            scores = torch.empty(0)
         if scores.shape != (len(prompts),):
             raise ValueError(f"iteration {iteration}: {name} must give one number for each of {len(prompts)} "
                              f"responses, gave shape {tuple(scores.shape)}")
@@ -1081,31 +1110,47 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", run.device)
     run.policy, run.tokenizer = policy, tokenizer
     run.prompts, run.held = load_prompts(config, policy, tokenizer)
+    try_out(run)
     run.ignore_missing_eos = math.isinf(config.missing_eos_score) or not eos_ids(policy, tokenizer)
 
     def kept(name):  # a folder that an earlier part of this run has left
         path = f"{config.resume}/{name}"
         return path if config.resume and os.path.isdir(path) else None
     if reference := config.reference or kept("reference"):
-        run.reference = load(AutoModelForCausalLM, reference, "reference", run.device)[0].to(policy.dtype)
+        run.reference = load(AutoModelForCausalLM, reference, "reference", run.device, policy.dtype)[0]
+        if passed and kept("reference"):  # a policy passed again may have been trained since
+            policy.load_state_dict(run.reference.state_dict())
     else:
         run.reference = copy.deepcopy(policy).eval()
-    if run.reference.config.vocab_size != policy.config.vocab_size:
+    of_reference, of_policy = (model.config.get_text_config() for model in (run.reference, policy))
+    if of_reference.vocab_size != of_policy.vocab_size:
         raise ValueError("reference: its vocabulary is not the policy's")
+    if context_of(run.reference) < context_of(policy):
+        raise ValueError("reference: its context is shorter than the policy's")
     run.reference.requires_grad_(False)
 
     judge = None
     if score is None and config.judge and not kept("preference"):
         judge = load(AutoModelForCausalLM, config.judge, "judge", run.device)
         principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
-        ask_judge(*judge, [JUDGE_QUESTION.format(  # what it cannot answer shows now
-            principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")])
+        question = JUDGE_QUESTION.format(
+            principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
+        ask_judge(*judge, [question])  # what it cannot answer shows now
+        if not same_when_padded(judge[0], tokenize(judge[1], [question])[0]):
+            raise ValueError("judge: padding moves its logits")
+        try:
+            new_preference_model(policy, tokenizer, config.template)
+        except Exception as error:
+            raise ValueError(f"judge: no preference model can start from a {type(policy).__name__}: "
+                             f"{first_line(error)}") from error
     elif score is None:
         ready = kept("preference") if config.judge else config.preference
         score = load_preference(dataclasses.replace(config, preference=ready), run.device)
     if config.value == "preference" and not judge and not (
-            isinstance(score, PreferenceModel) and score.tokenizer.get_vocab() == tokenizer.get_vocab()):
-        raise ValueError("value: 'preference' needs a preference model with the policy's own tokenizer")
+            isinstance(score, PreferenceModel) and hasattr(score.model, "score")
+            and score.tokenizer.get_vocab() == tokenizer.get_vocab()):
+        raise ValueError("value: 'preference' needs a preference model that reads from left to right, with "
+                         "the policy's own tokenizer")
     gold = gold or (config.gold and load_function(config.gold, "gold"))
     run.gold = scorer(gold, "gold", run) if gold else None
     run.fluent = getattr(sys.modules.get(getattr(gold, "__module__", None)), "is_fluent", None)
@@ -1116,10 +1161,13 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
 
     if run.out:
         run.out.mkdir(parents=True, exist_ok=True)
-        write(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-        for name in filter(kept, ("reference", "preference")):
-            if not same_folder(run.out, config.resume):
+        if config.resume and not same_folder(run.out, config.resume):
+            for name in filter(kept, ("reference", "preference")):
                 shutil.copytree(kept(name), run.out / name)
+            for name in ("checkpoint.pt", "metrics.jsonl"):
+                if os.path.exists(f"{config.resume}/{name}"):
+                    shutil.copy(f"{config.resume}/{name}", run.out / name)
+        write(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
         if passed and not config.resume and not config.reference:  # nothing else tells how it started
             save_model(run.reference, tokenizer, run.out / "reference")
     if judge:
@@ -1135,13 +1183,41 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     torch.manual_seed(config.seed)
     trunk = {"shared": None, "separate": policy, "preference": getattr(score, "model", None)}[config.value]
     trunk = trunk and copy.deepcopy(trunk.base_model)
-    run.value = ValueFunction((trunk or policy).config.hidden_size, trunk, config.value_head)
+    run.value = ValueFunction((trunk or policy).config.get_text_config().hidden_size, trunk,
+                              config.value_head)
     run.value.to(run.device, policy.dtype).eval().requires_grad_(True)
     run.score = scorer(score, "score", run)
     run.parameters = [p for p in [*policy.parameters(), *run.value.parameters()] if p.requires_grad]
     run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon,
                                      fused=True)
     return run
+
+
+@torch.no_grad()
+def try_out(run):
+    """Raise ValueError if the policy's architecture cannot do what the loop asks of it."""
+    policy, config = run.policy, dataclasses.replace(run.config, max_new_tokens=2, temperature=0.0)
+    trunk = policy.base_model if config.value == "separate" else None
+    try:
+        value = ValueFunction(policy.config.get_text_config().hidden_size, trunk)
+        *inputs, _, _ = respond(policy, run.tokenizer, run.prompts[:2], config)
+        logits, values = response_logits(policy, *inputs, value.to(policy.device, policy.dtype))
+        finite = (values + token_logprobs(logits, inputs[2])).isfinite().all()
+        same = same_when_padded(policy, tokenize(run.tokenizer, run.prompts[:1])[0])
+    except Exception as error:  # whatever it is that this architecture lacks
+        raise ValueError(f"policy: a {type(policy).__name__} cannot be used: {first_line(error)}") from error
+    if not finite or not same:
+        raise ValueError(f"policy: {'padding moves its logits' if finite else 'its weights are not finite'}")
+
+
+@torch.no_grad()
+def same_when_padded(model, row):
+    """Whether the logits after the first half of a row of token ids stay what they are beside the whole."""
+    half = row[:-(len(row) // 2)] or row
+    ids, mask = pad([half, row], "left", model.device)
+    alone = model(input_ids=ids[:1, -len(half):]).logits[0, -1]
+    beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[0, -1]
+    return (alone - beside).abs().max() < (0.01 if model.dtype == torch.float32 else 0.5)
 
 
 def load_prompts(config, policy, tokenizer):
@@ -1173,10 +1249,20 @@ def load_prompts(config, policy, tokenizer):
 def save_model(model, tokenizer, folder):
     """Write an ordinary Hugging Face folder: beside its place, then renamed, so it is whole or absent."""
     beside = folder.with_name(folder.name + ".new")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    with writing(folder):
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what torch and safetensors raise on a full disk into an OSError that names the path."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from error
 
 
 def write(path, content):
@@ -1184,15 +1270,14 @@ def write(path, content):
     torch.save."""
     beside = path.with_name(path.name + ".new")
     try:
-        if isinstance(content, str):
-            beside.write_text(content, encoding="utf-8")
-        else:
-            torch.save(content, beside)
+        with writing(path):
+            if isinstance(content, str):
+                beside.write_text(content, encoding="utf-8")
+            else:
+                torch.save(content, beside)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except RuntimeError as error:  # how torch.save meets a full disk
-        raise OSError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -1205,22 +1290,24 @@ def record(run, metrics):
         return
     with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
-    if run.iteration == run.config.iterations:
-        export(run)
     if run.iteration % run.config.save_every == 0 or run.iteration == run.config.iterations:
         on_cpu = run.device.type == "cpu"
         write(run.out / "checkpoint.pt", {
             "iteration": run.iteration, "policy": run.policy.state_dict(), "value": run.value.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "beta": run.beta, "rng": torch.get_rng_state(),
+            "optimizer": run.optimizer.state_dict(), "beta": run.beta,
+            "prompts": fingerprint(run.prompts), "rng": torch.get_rng_state(),
             "device_rng": None if on_cpu else torch.get_device_module(run.device).get_rng_state(),
         })
         run.saved = True
+    if run.iteration == run.config.iterations:
+        export(run)
 
 
 def export(run):
     """Write the trained policy as an ordinary Hugging Face folder, and the value function beside it."""
     save_model(run.policy, run.tokenizer, run.out / "policy")
-    save_file(run.value.state_dict(), run.out / "value.safetensors")
+    with writing(run.out / "value.safetensors"):
+        save_file(run.value.state_dict(), run.out / "value.safetensors")
 
 
 def resumed(config, given=None):
@@ -1229,7 +1316,7 @@ def resumed(config, given=None):
     path = pathlib.Path(config.resume) / "config.json"
     try:
         saved = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {path} is not the config of a run: {error}") from error
     if given is None:
         given = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
@@ -1258,10 +1345,11 @@ def restore(run):
             if state["device_rng"] is not None and run.device.type != "cpu":
                 torch.get_device_module(run.device).set_rng_state(state["device_rng"])
             run.iteration, run.beta = state["iteration"], state["beta"]
+            same = state["prompts"] == fingerprint(run.prompts)
         except Exception as error:  # a damaged file may fail in any of its readers
             raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
-        if not same_folder(source, run.out):
-            write(run.out / "checkpoint.pt", state)  # this run too may be stopped before its next one
+        if not same:
+            raise ValueError(f"resume: {run.config.prompts} is not what it was")
         run.saved = True
         lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))

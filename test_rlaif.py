@@ -26,12 +26,14 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig,
-                          GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen2ForSequenceClassification)
+                          GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification)
 
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss, shape_rewards,
@@ -890,15 +892,16 @@ def test_a_score_is_the_head_at_the_last_real_token_whatever_stands_beside_it():
         preference(["a"], ["x" * 61], [True])
 
 
-def test_an_encoder_scores_through_its_own_pooling():
-    from transformers import BertConfig, BertForSequenceClassification
+@pytest.mark.parametrize("name", ["Bert", "ModernBertDecoder"])  # the second looks for its PAD to find the last token
+def test_a_classifier_without_a_score_head_scores_through_its_own_pooling(name):
     torch.manual_seed(0)
     tokenizer = letters("ab cxyUsertin:\nAp")
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                                     intermediate_size=16, max_position_embeddings=64, num_labels=1, initializer_range=0.5)).eval()
-    preference = rlaif.PreferenceModel(model, tokenizer, "{prompt}")
+    config = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                                    intermediate_size=16, max_position_embeddings=64, num_labels=1, initializer_range=0.5,
+                                                    pad_token_id=len(tokenizer))
+    preference = rlaif.PreferenceModel(getattr(transformers, f"{name}ForSequenceClassification")(config).eval(), tokenizer, "{prompt}")
     together = preference(["a", "abc"], ["x", "xyxy"])
-    close(together, preference(["a"], ["x"]) + preference(["abc"], ["xyxy"]), "padding reaches an encoder's score", atol=1e-5)
+    close(together, preference(["a"], ["x"]) + preference(["abc"], ["xyxy"]), "padding reaches the score", atol=1e-5)
 
 
 def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_calibrated():
@@ -1009,6 +1012,7 @@ def test_the_loop_computes_what_the_equations_say(tmp_path, monkeypatch):
 
             def prepare(*args, f=rlaif.prepare):
                 run = f(*args)
+                generated.clear(), asked.clear()  # it has tried the policy out
                 run.beta *= torch.tensor([1.0, 0.5])  # each of the two prompts pays a price of its own
                 assert not run.reference.training, "dropout is on in the reference"
                 return run
@@ -1171,8 +1175,9 @@ def test_the_value_function_learns_the_returns_and_leaves_the_policy_alone_when_
         rlaif.prepare(toy_config(tmp_path, value="preference"), count_a, None, policy, letters())
 
 
-def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
+def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path, monkeypatch):
     policy = gpt2()
+    monkeypatch.setattr(rlaif, "try_out", lambda run: None)
     policy.transformer.h[0].mlp.dropout = torch.nn.Dropout(0.5)
     policy.transformer.h[0].mlp.dropout.eval = lambda: None
     policy.transformer.h[0].mlp.dropout.train = lambda mode=True: policy.transformer.h[0].mlp.dropout  # eval mode does not reach it
@@ -1290,9 +1295,65 @@ def test_a_run_that_goes_on_in_another_folder_may_be_stopped_there_at_once(tmp_p
     for metrics in rlaif.train(toy_config(tmp_path, iterations=4, save_every=2, out=str(tmp_path / "first")), **models):
         if metrics["iteration"] == 3:
             break
-    rlaif.restore(rlaif.prepare(rlaif.resumed(rlaif.Config(resume=str(tmp_path / "first"), out=str(tmp_path / "second"))), **models))
+    rlaif.prepare(rlaif.resumed(rlaif.Config(resume=str(tmp_path / "first"), out=str(tmp_path / "second"))), **models)
     rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "second")), **models))
     assert [m["iteration"] for m in rest] == [3, 4] and same_but_for_timings(rest, whole[2:]), "the checkpoint stayed in the first folder"
+
+
+def test_a_run_that_starts_again_starts_from_the_policy_it_first_had_though_that_has_been_trained(tmp_path):
+    models = {"score": count_a, "policy": gpt2(), "tokenizer": letters()}
+    for first in rlaif.train(toy_config(tmp_path, out=str(tmp_path / "run")), **models):
+        break  # before any checkpoint; the notebook's policy has taken its steps
+    again = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run")), **models))
+    assert same_but_for_timings(again[:1], [first])
+
+
+def test_a_run_does_not_go_on_with_other_prompts(tmp_path):
+    models = {"score": count_a, "policy": gpt2(), "tokenizer": letters()}
+    list(rlaif.train(toy_config(tmp_path, iterations=1, out=str(tmp_path / "run")), **models))
+    (tmp_path / "prompts.txt").write_text("c\nab\n")
+    with pytest.raises(ValueError, match="prompts.txt is not what it was"):
+        list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run")), **models))
+
+
+@pytest.mark.parametrize("name", ["policy", "preference", "samples.md"])
+def test_a_run_writes_over_nothing_that_it_finds(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("keep me")
+    with pytest.raises(ValueError, match=f"mine already holds {name}"):
+        list(rlaif.train(toy_config(tmp_path, out=str(tmp_path / "mine")), score=count_a, policy=gpt2(), tokenizer=letters()))
+    assert (tmp_path / "mine" / name).read_text() == "keep me"
+
+
+def test_a_reference_is_read_in_the_type_of_the_policy_and_not_rounded_to_it(tmp_path):
+    policy = modern(LlamaConfig, LlamaForCausalLM).bfloat16()
+    policy = AutoModelForCausalLM.from_pretrained(save_pair(tmp_path / "policy", policy, letters()), dtype=torch.bfloat16)
+    config = toy_config(tmp_path, iterations=1, reference=str(tmp_path / "policy"))
+    (metrics,) = rlaif.train(config, score=count_a, policy=policy, tokenizer=letters())
+    assert metrics["kl"] == 0, "the reference is the policy: is it rounded where the policy is not, as in its table of angles?"
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(rlaif, "save_file", full)
+    with pytest.raises(OSError, match="cannot write .*value.safetensors, is the disk full"):
+        list(rlaif.train(toy_config(tmp_path, iterations=1, out=str(tmp_path / "run")), score=count_a, policy=gpt2(), tokenizer=letters()))
+    assert (tmp_path / "run" / "checkpoint.pt").exists(), "what is needed to go on is written first"
+
+
+def test_an_eos_of_the_text_itself_is_kept():
+    assert rlaif.tokenize(letters(), ["ab<eos>"]) == [[0, 1, EOS]], "a template may end with one"
+
+
+def test_a_judge_whose_template_fails_or_whose_answer_is_not_a_number_is_an_error():
+    judge, tokenizer = random_judge(chat_template="{{ messages[7].content }}")
+    with pytest.raises(ValueError, match="judge: its chat template fails"):
+        rlaif.ask_judge(judge, tokenizer, ["ab"])
+    judge, tokenizer = random_judge()
+    torch.nn.init.constant_(judge.transformer.ln_f.bias, math.nan)
+    with pytest.raises(ValueError, match="judge: an answer of its is not a number"):
+        rlaif.ask_judge(judge, tokenizer, ["ab"])
 
 
 def test_a_resumed_run_is_given_its_template_as_the_shell_first_gave_it(tmp_path):
@@ -1495,6 +1556,15 @@ BAD_FLAGS = {
     ("--prompts", "other.txt"): "other.txt, line 1: the policy's tokenizer cannot write",
     ("--prompts", "broken.jsonl"): "broken.jsonl, line 2",
     ("--policy", "./nowhere"): "there is no folder",
+    ("--policy", "mamba"): "policy: a MambaForCausalLM cannot be used: ",
+    ("--policy", "roberta"): "policy: padding moves its logits",
+    ("--policy", "nan"): "policy: its weights are not finite",
+    ("--policy", "codegen", "--judge", "judge"): "judge: no preference model can start from a CodeGenForCausalLM",
+    ("--preference", "bert", "--value", "preference"): "value: 'preference' needs a preference model that reads from left to right",
+    ("--reference", "policy", "--policy", "long"): "reference: its context is shorter",
+    ("--seed", 2**63): "seed must be below 2**63",
+    ("--gold", "math:pi"): "gold: cannot import 'math:pi' as module:function: that is not a function",
+    ("--prompts", "surrogate.jsonl"): "surrogate.jsonl, line 1",
     ("--judge", "policy"): "judge: its tokenizer writes the answers A and B alike",
     ("--preference", "policy"): "preference: ",
     ("--preference", "two"): "has 2 outputs, needs exactly one",
@@ -1517,6 +1587,19 @@ def bench(tmp_path_factory):
     save_pair(folder / "preference", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
     save_pair(folder / "two", gpt2(kind=GPT2ForSequenceClassification, num_labels=2), letters())
     save_pair(folder / "narrow", gpt2(), letters("abcdefgh"))
+    save_pair(folder / "roberta", transformers.RobertaForCausalLM(transformers.RobertaConfig(
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32, is_decoder=True,
+        initializer_range=0.5, pad_token_id=4)), letters())
+    save_pair(folder / "codegen", transformers.CodeGenForCausalLM(transformers.CodeGenConfig(
+        vocab_size=4, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, n_positions=16, bos_token_id=None, eos_token_id=3)), letters())
+    save_pair(folder / "bert", transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32, num_labels=1)), letters())
+    save_pair(folder / "judge", *random_judge())
+    save_pair(folder / "long", gpt2(context=32), letters())
+    broken = gpt2()
+    torch.nn.init.constant_(broken.transformer.ln_f.bias, math.nan)
+    save_pair(folder / "nan", broken, letters())
+    save_pair(folder / "mamba", MambaForCausalLM(MambaConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1)), letters())  # it has no cache of keys
     save_pair(folder / "truncated", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -1529,7 +1612,8 @@ def bench(tmp_path_factory):
     torch.save({}, folder / "pickled" / "pytorch_model.bin")
     (folder / "pickled" / "model.safetensors").unlink()
     for name, data in {"p.txt": b"ab\nc\n", "empty.txt": b"", "blank.txt": b"ab\n \nc", "latin.txt": "a\né".encode("latin-1"), "other.txt": "ж".encode(),
-                       "long.txt": b"ab\n" + b"a" * 15, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n'}.items():
+                       "long.txt": b"ab\n" + b"a" * 15, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
+                       "surrogate.jsonl": b'{"prompt": "\\ud800"}\n'}.items():
         (folder / name).write_bytes(data)
     return folder
 
