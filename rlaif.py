@@ -169,16 +169,12 @@ def ask_judge(judge, tokenizer, questions):
 
     Softmax over the log-probabilities of the two answers (Lee 2.1), taken at their first differing token, so
     that it does not matter how the judge's tokenizer cuts " A" and " B". A judge with a chat template is
-    asked in its own format. Raises ValueError for a question longer than the judge can read, a tokenizer that
-    writes both answers alike, a chat template that fails, and an answer that is not a number.
+    asked in its own format. Raises ValueError for a question longer than the judge's context, and for a judge
+    whose tokenizer writes both answers alike.
     """
     if tokenizer.chat_template:
-        try:
-            questions = [tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
-                for question in questions]
-        except Exception as error:  # a template is a program of the judge's author
-            raise ValueError(f"judge: its chat template fails: {first_line(error)}") from error
+        questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                                   add_generation_prompt=True) for question in questions]
     answers = ["A", "B"] if tokenizer.chat_template else [" A", " B"]
     special = not tokenizer.chat_template  # a chat template writes its own BOS
     with_a, with_b = (tokenizer([question + answer for question in questions],
@@ -198,8 +194,6 @@ def ask_judge(judge, tokenizer, questions):
                        logits_to_keep=1).logits[:, -1].float()  # (n, V)
         a_or_b = torch.tensor([answer_ids[i] for i in chunk], device=judge.device)  # (n, 2)
         prob_a[chunk] = logits.gather(1, a_or_b).softmax(dim=1)[:, 0].cpu()
-    if prob_a.isnan().any():
-        raise ValueError("judge: an answer of its is not a number")
     return prob_a
 
 
@@ -967,11 +961,9 @@ def load_tokenizer(path, name):
     first = path.split("/")[0]
     if not os.path.isdir(path) and (os.path.exists(first or "/") or first in (".", "..", "~")):
         raise ValueError(f"{name}: there is no folder {path}")
-    try:
+    with trying(f"{name}: cannot load a tokenizer from {path}"):
         return AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path),
                                              trust_remote_code=False)
-    except Exception as error:  # the readers of configs, weights and tokenizers raise what they like
-        raise ValueError(f"{name}: cannot load a tokenizer from {path}: {first_line(error)}") from error
 
 
 def load(kind, path, name, device, dtype=torch.float32):
@@ -980,16 +972,24 @@ def load(kind, path, name, device, dtype=torch.float32):
     Weights come from safetensors, nothing pickled is trusted, and no code of the model folder is run.
     """
     tokenizer = load_tokenizer(path, name)
-    try:
+    with trying(f"{name}: cannot load a model from {path}"):
         model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=dtype,
                                            trust_remote_code=False, use_safetensors=True,
                                            output_loading_info=True)
-    except Exception as error:
-        raise ValueError(f"{name}: cannot load a model from {path}: {first_line(error)}") from error
     if info["missing_keys"]:
         raise ValueError(f"{name}: the weights in {path} lack {min(info['missing_keys'])}")
     check_fit(model, tokenizer, f"{name} {path}")
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def trying(what):
+    """Turn whatever a model, a tokenizer or a file makes their readers raise into a ValueError that says what
+    was tried."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error):
@@ -1032,15 +1032,14 @@ def load_function(path, name):
     """The function that "module:function" names. Raises ValueError if it cannot be imported."""
     sys.path.insert(0, os.getcwd())
     try:
-        module, function = path.split(":")
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise TypeError("that is not a function")
-        return found
-    except Exception as error:  # a module of the user's may raise anything while it is imported
-        raise ValueError(f"{name}: cannot import {path!r} as module:function: {error}") from error
+        with trying(f"{name}: cannot import {path!r} as module:function"):
+            module, function = path.split(":")
+            found = getattr(importlib.import_module(module), function)
     finally:
         sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ValueError(f"{name}: {path!r} is not a function")
+    return found
 
 
 def pick_device(name):
@@ -1135,14 +1134,14 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
         question = JUDGE_QUESTION.format(
             principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
-        ask_judge(*judge, [question])  # what it cannot answer shows now
-        if not same_when_padded(judge[0], tokenize(judge[1], [question])[0]):
-            raise ValueError("judge: padding moves its logits")
-        try:
+        with trying("judge: cannot be asked"):
+            answer = ask_judge(*judge, [question])
+            same = same_when_padded(judge[0], tokenize(judge[1], [question])[0])
+        if not answer.isfinite() or not same:
+            fault = "padding moves its logits" if answer.isfinite() else "its answer is not finite"
+            raise ValueError(f"judge: {fault}")
+        with trying(f"judge: no preference model can start from a {type(policy).__name__}"):
             new_preference_model(policy, tokenizer, config.template)
-        except Exception as error:
-            raise ValueError(f"judge: no preference model can start from a {type(policy).__name__}: "
-                             f"{first_line(error)}") from error
     elif score is None:
         ready = kept("preference") if config.judge else config.preference
         score = load_preference(dataclasses.replace(config, preference=ready), run.device)
@@ -1198,14 +1197,12 @@ def try_out(run):
     """Raise ValueError if the policy's architecture cannot do what the loop asks of it."""
     policy, config = run.policy, dataclasses.replace(run.config, max_new_tokens=2, temperature=0.0)
     trunk = policy.base_model if config.value == "separate" else None
-    try:
+    with trying(f"policy: a {type(policy).__name__} cannot be used"):
         value = ValueFunction(policy.config.get_text_config().hidden_size, trunk)
         *inputs, _, _ = respond(policy, run.tokenizer, run.prompts[:2], config)
         logits, values = response_logits(policy, *inputs, value.to(policy.device, policy.dtype))
         finite = (values + token_logprobs(logits, inputs[2])).isfinite().all()
         same = same_when_padded(policy, tokenize(run.tokenizer, run.prompts[:1])[0])
-    except Exception as error:  # whatever it is that this architecture lacks
-        raise ValueError(f"policy: a {type(policy).__name__} cannot be used: {first_line(error)}") from error
     if not finite or not same:
         raise ValueError(f"policy: {'padding moves its logits' if finite else 'its weights are not finite'}")
 
@@ -1336,7 +1333,7 @@ def restore(run):
     source, lines = pathlib.Path(run.config.resume), []
     checkpoint = source / "checkpoint.pt"
     if checkpoint.exists():
-        try:
+        with trying(f"resume: cannot read {checkpoint}"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             run.policy.load_state_dict(state["policy"])
             run.value.load_state_dict(state["value"])
@@ -1346,8 +1343,6 @@ def restore(run):
                 torch.get_device_module(run.device).set_rng_state(state["device_rng"])
             run.iteration, run.beta = state["iteration"], state["beta"]
             same = state["prompts"] == fingerprint(run.prompts)
-        except Exception as error:  # a damaged file may fail in any of its readers
-            raise ValueError(f"resume: cannot read {checkpoint}: {first_line(error)}") from error
         if not same:
             raise ValueError(f"resume: {run.config.prompts} is not what it was")
         run.saved = True

@@ -1346,16 +1346,6 @@ def test_an_eos_of_the_text_itself_is_kept():
     assert rlaif.tokenize(letters(), ["ab<eos>"]) == [[0, 1, EOS]], "a template may end with one"
 
 
-def test_a_judge_whose_template_fails_or_whose_answer_is_not_a_number_is_an_error():
-    judge, tokenizer = random_judge(chat_template="{{ messages[7].content }}")
-    with pytest.raises(ValueError, match="judge: its chat template fails"):
-        rlaif.ask_judge(judge, tokenizer, ["ab"])
-    judge, tokenizer = random_judge()
-    torch.nn.init.constant_(judge.transformer.ln_f.bias, math.nan)
-    with pytest.raises(ValueError, match="judge: an answer of its is not a number"):
-        rlaif.ask_judge(judge, tokenizer, ["ab"])
-
-
 def test_a_resumed_run_is_given_its_template_as_the_shell_first_gave_it(tmp_path):
     flags = ["--template", "Q: {prompt}\\nA:"]
     config = rlaif.parse(flags)
@@ -1563,8 +1553,10 @@ BAD_FLAGS = {
     ("--preference", "bert", "--value", "preference"): "value: 'preference' needs a preference model that reads from left to right",
     ("--reference", "policy", "--policy", "long"): "reference: its context is shorter",
     ("--seed", 2**63): "seed must be below 2**63",
-    ("--gold", "math:pi"): "gold: cannot import 'math:pi' as module:function: that is not a function",
+    ("--gold", "math:pi"): "gold: 'math:pi' is not a function",
     ("--prompts", "surrogate.jsonl"): "surrogate.jsonl, line 1",
+    ("--judge", "nan judge"): "judge: its answer is not finite",
+    ("--judge", "odd judge"): "judge: cannot be asked: ",
     ("--judge", "policy"): "judge: its tokenizer writes the answers A and B alike",
     ("--preference", "policy"): "preference: ",
     ("--preference", "two"): "has 2 outputs, needs exactly one",
@@ -1595,6 +1587,10 @@ def bench(tmp_path_factory):
     save_pair(folder / "bert", transformers.BertForSequenceClassification(transformers.BertConfig(
         vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=32, num_labels=1)), letters())
     save_pair(folder / "judge", *random_judge())
+    save_pair(folder / "odd judge", *random_judge(chat_template="{{ messages[7].content + 1 }}"))
+    judge, tokenizer = random_judge()
+    torch.nn.init.constant_(judge.transformer.ln_f.bias, math.nan)
+    save_pair(folder / "nan judge", judge, tokenizer)
     save_pair(folder / "long", gpt2(context=32), letters())
     broken = gpt2()
     torch.nn.init.constant_(broken.transformer.ln_f.bias, math.nan)
