@@ -1009,7 +1009,8 @@ def check_fit(model, tokenizer, name):
 
 def context_of(model):
     """How many tokens a model can read."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    return limit if limit > 0 else math.inf
 
 
 def require_room(model, ids, name):
@@ -1026,6 +1027,21 @@ def load_preference(config, device):
         raise ValueError(f"preference: {config.preference} has {model.config.num_labels} outputs, "
                          "needs exactly one")
     return PreferenceModel(model, tokenizer, config.template)
+
+
+def load_judge(config, run):
+    """The judge that config.judge names, its tokenizer and the constitution. Raises ValueError if it cannot
+    be asked."""
+    model, tokenizer = load(AutoModelForCausalLM, config.judge, "judge", run.device)
+    principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
+    question = JUDGE_QUESTION.format(
+        principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
+    with trying("judge: cannot be asked"):
+        finite = ask_judge(model, tokenizer, [question]).isfinite()
+        same = same_when_padded(model, tokenize(tokenizer, [question])[0])
+    if not finite or not same:
+        raise ValueError(f"judge: {'padding moves its logits' if finite else 'its answer is not finite'}")
+    return model, tokenizer, principles
 
 
 def load_function(path, name):
@@ -1130,16 +1146,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
 
     judge = None
     if score is None and config.judge and not kept("preference"):
-        judge = load(AutoModelForCausalLM, config.judge, "judge", run.device)
-        principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
-        question = JUDGE_QUESTION.format(
-            principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
-        with trying("judge: cannot be asked"):
-            answer = ask_judge(*judge, [question])
-            same = same_when_padded(judge[0], tokenize(judge[1], [question])[0])
-        if not answer.isfinite() or not same:
-            fault = "padding moves its logits" if answer.isfinite() else "its answer is not finite"
-            raise ValueError(f"judge: {fault}")
+        judge = load_judge(config, run)
         with trying(f"judge: no preference model can start from a {type(policy).__name__}"):
             new_preference_model(policy, tokenizer, config.template)
     elif score is None:
@@ -1172,7 +1179,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     if judge:
         torch.manual_seed(config.seed)
         with run.autocast():
-            score, report = preference_from_judge(config, policy, tokenizer, *judge, principles, run.prompts)
+            score, report = preference_from_judge(config, policy, tokenizer, *judge, run.prompts)
         tqdm.write(f"preference model: on held-out pairs it agrees with the judge, where that is sure, in "
                    f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
                    f"{report['train_loss']:.3f}, entropy of the labels {report['floor']:.3f}")

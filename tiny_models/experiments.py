@@ -489,11 +489,23 @@ def speed_of_trl(iterations, layers, width, batch, length):
 
 
 def one_iteration(started, trl, value, **size):
-    """Run one iteration -> seconds since `started`, by time.time(), and the process's peak memory in MB."""
-    import resource  # not on Windows
+    """Run one iteration -> seconds since `started`, by time.time(), and the process's peak memory in MB, as Linux counts it."""
     torch.set_num_threads(2)
     speed_of_trl(1, **size) if trl else speed_here(1, value=value, **size)
-    return time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = pathlib.Path("/proc/self/status").read_text()  # getrusage would count the parent's memory too
+    return time.time() - started, int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def first_iterations():
+    """Print the time to the end of the first iteration and the peak memory, here and with TRL, each in a process of its own."""
+    print("\n| layers | value | from start to the end of the first iteration, s | TRL | peak memory, MB | TRL |\n|---|---|---|---|---|---|")
+    for size in SIDE_BY_SIDE:
+        found = []
+        for trl in (False, True):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                found.append(process.submit(one_iteration, time.time(), trl, **size).result())
+        (seconds, memory), (trl_seconds, trl_memory) = found
+        print(f"| {size['layers']} | {size['value']} | {seconds:.1f} | {trl_seconds:.1f} | {memory:.0f} | {trl_memory:.0f} |", flush=True)
 
 
 def speed():
@@ -526,14 +538,7 @@ def speed():
         turns = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(here, there))
         here, there = (size["batch"] / statistics.median(sum(seconds, [])) for seconds in (here, there))
         print(f"| {size['layers']} | {size['value']} | {here:.0f} | {there:.0f} | {here / there:.2f} | {', '.join(f'{x:.2f}' for x in turns)} |", flush=True)
-    print("\n| layers | value | from start to the end of the first iteration, s | TRL | peak memory, MB | TRL |\n|---|---|---|---|---|---|")
-    for size in SIDE_BY_SIDE:
-        found = []
-        for there in (False, True):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                found.append(process.submit(one_iteration, time.time(), there, **size).result())
-        (seconds, memory), (trl_seconds, trl_memory) = found
-        print(f"| {size['layers']} | {size['value']} | {seconds:.1f} | {trl_seconds:.1f} | {memory:.0f} | {trl_memory:.0f} |", flush=True)
+    first_iterations()
 
 
 def main():
