@@ -1219,7 +1219,7 @@ def same_when_padded(model, row):
     """Whether the logits after the first half of a row of token ids stay what they are beside the whole."""
     half = row[:-(len(row) // 2)] or row
     ids, mask = pad([half, row], "left", model.device)
-    alone = model(input_ids=ids[:1, -len(half):]).logits[0, -1]
+    alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):]).logits[0, -1]
     beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[0, -1]
     return (alone - beside).abs().max() < (0.01 if model.dtype == torch.float32 else 0.5)
 
