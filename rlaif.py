@@ -969,10 +969,14 @@ def load_tokenizer(path, name):
 def load(kind, path, name, device, dtype=torch.float32):
     """A model in eval mode and its tokenizer, from a folder or the hub. Raises ValueError.
 
-    Weights come from safetensors, nothing pickled is trusted, and no code of the model folder is run.
+    Weights come from safetensors only, nothing pickled is read, and no code of the model folder is run.
     """
     tokenizer = load_tokenizer(path, name)
+    index = pathlib.Path(path, "model.safetensors.index.json")
     with trying(f"{name}: cannot load a model from {path}"):
+        parts = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
+        if not all(part.endswith(".safetensors") for part in parts):  # transformers would read a pickle
+            raise ValueError("its index names files other than safetensors")
         model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=dtype,
                                            trust_remote_code=False, use_safetensors=True,
                                            output_loading_info=True)

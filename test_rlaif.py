@@ -30,6 +30,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig,
                           GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM,
@@ -1562,6 +1563,7 @@ BAD_FLAGS = {
     ("--preference", "two"): "has 2 outputs, needs exactly one",
     ("--preference", "truncated"): "preference: cannot load a model from",
     ("--preference", "pickled"): "preference: cannot load a model from",
+    ("--preference", "index"): "preference: cannot load a model from index: its index names files other than safetensors",
     ("--policy", "narrow"): "the tokenizer does not fit the model",
     ("--gold", "nowhere:f"): "gold: cannot import",
     ("--gold", "no_colon"): "gold: cannot import",
@@ -1607,6 +1609,11 @@ def bench(tmp_path_factory):
     (folder / "custom" / "own.py").write_text("raise SystemExit('code of a model folder was run')")
     torch.save({}, folder / "pickled" / "pytorch_model.bin")
     (folder / "pickled" / "model.safetensors").unlink()
+    save_pair(folder / "index", gpt2(kind=GPT2ForSequenceClassification, num_labels=1), letters())
+    weights = load_file(folder / "index" / "model.safetensors")
+    torch.save(weights, folder / "index" / "pytorch_model.bin")
+    (folder / "index" / "model.safetensors").unlink()
+    (folder / "index" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {key: "pytorch_model.bin" for key in weights}}))
     for name, data in {"p.txt": b"ab\nc\n", "empty.txt": b"", "blank.txt": b"ab\n \nc", "latin.txt": "a\né".encode("latin-1"), "other.txt": "ж".encode(),
                        "long.txt": b"ab\n" + b"a" * 15, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
                        "surrogate.jsonl": b'{"prompt": "\\ud800"}\n'}.items():
