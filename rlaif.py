@@ -1005,7 +1005,8 @@ def check_fit(model, tokenizer, name):
     """Raise ValueError if the tokenizer can write an id for which the model has no embedding."""
     unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
     used = set(tokenizer.get_vocab().values()) - unused
-    rows, top = model.get_input_embeddings().num_embeddings, max(used)
+    with trying(f"{name}: a {type(model).__name__} cannot be used"):
+        rows, top = model.get_input_embeddings().num_embeddings, max(used)
     if top >= rows:
         raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the "
                          f"embedding has {rows} rows")
@@ -1067,7 +1068,9 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(0, device=name).device
+        there = torch.zeros(1, device=name)
+        there.cpu()  # "meta" is a device from which nothing comes back
+        return there.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from error
 

@@ -1568,6 +1568,7 @@ BAD_FLAGS = {
     ("--gold", "nowhere:f"): "gold: cannot import",
     ("--gold", "no_colon"): "gold: cannot import",
     ("--device", "abacus"): "device: 'abacus'",
+    ("--device", "meta"): "device: 'meta' cannot be used",
     ("--resume", "nowhere"): "resume: ",
     ("--no_such_flag", 1): "no_such_flag",
 }
