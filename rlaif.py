@@ -480,11 +480,11 @@ def pad(rows, side, device, fill=0):
     """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths."""
     width = max(len(row) for row in rows)
 
-    def filled(rows, fill):
-        rests = [[fill] * (width - len(row)) for row in rows]
-        whole = [rest + row if side == "left" else row + rest for row, rest in zip(rows, rests)]
-        return torch.tensor(whole, device=device)
-    return filled(rows, fill), filled([[1] * len(row) for row in rows], 0)
+    def filled(row, filler):
+        rest = [filler] * (width - len(row))
+        return rest + row if side == "left" else row + rest
+    ids, mask = [filled(row, fill) for row in rows], [filled([1] * len(row), 0) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def chunks_of_like_length(rows, size=256):
@@ -719,19 +719,6 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
     yield from ppo(run)
 
 
-def steer_beta(run, index, sequence_kl):
-    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
-    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
-    target, horizon = run.config.kl_target, run.config.kl_horizon
-    if run.config.beta_control == "fixed":
-        return run.beta
-    if run.config.beta_control == "batch":
-        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
-    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
-    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
-    return update_beta(run.beta, prompt_kl, target, horizon, n)
-
-
 def ppo(run):
     """The loop: from `run`, what `prepare` has made ready, to one dict of metrics per iteration.
 
@@ -849,6 +836,19 @@ def ppo(run):
         run.beta = steer_beta(run, index, sequence_kl)  # the price of KL for the next iteration
         record(run, metrics)
         yield metrics
+
+
+def steer_beta(run, index, sequence_kl):
+    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
+    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
+    target, horizon = run.config.kl_target, run.config.kl_horizon
+    if run.config.beta_control == "fixed":
+        return run.beta
+    if run.config.beta_control == "batch":
+        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
+    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
+    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
+    return update_beta(run.beta, prompt_kl, target, horizon, n)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -988,8 +988,7 @@ def load(kind, path, name, device, dtype=torch.float32):
 
 @contextlib.contextmanager
 def trying(what):
-    """Turn whatever a model, a tokenizer or a file makes their readers raise into a ValueError that says what
-    was tried."""
+    """Turn whatever other people's code raises into a ValueError that says what was tried."""
     try:
         yield
     except Exception as error:
@@ -1067,12 +1066,10 @@ def pick_device(name):
     """The torch device of that name; "auto" is the first of cuda, mps and cpu that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with trying(f"device: {name!r} cannot be used"):
         there = torch.zeros(1, device=name)
         there.cpu()  # "meta" is a device from which nothing comes back
         return there.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used: {first_line(error)}") from error
 
 
 def warn_unless_one(ratio, iteration, run):
