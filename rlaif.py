@@ -1,80 +1,117 @@
-"""RLAIF with PPO, whole, in one file: reinforcement learning from AI feedback, in the order in which it runs.
+# %% RLAIF with PPO, whole, in one file
+"""RLAIF with PPO: reinforcement learning from AI feedback, in the order in which it runs.
 
     a judge model, asked which of two replies better follows a principle ............ 1  judge_pairs
         |  soft labels
         v
-    a preference model r(x, y), fitted to those labels (Bradley-Terry) .............. 2  fit_preference
+    a preference model r(x, y), fitted to those labels .............................. 2  fit_preference
         |
         v
     +-> the policy writes a response y to each prompt x of a batch .................. 4  generate
-    |       |
     |       v
-    |   the preference model scores every response .................................. 5  PreferenceModel
-    |       |
+    |   the preference model scores every response .................................. 5  score_responses
     |       v
     |   log pi(y_t) - log pi_ref(y_t) for every token: how far it has drifted ....... 6  kl_estimate
-    |       |
     |       v
     |   reward of each token = -beta * KL, and the whitened score on the last ....... 7  shape_rewards
-    |       |
     |       v
     |   advantage of each token: how much better it went than the value expected .... 8  gae, whiten
-    |       |
     |       v
-    +-- epochs of clipped updates of the policy and its value function ........... 9  policy_loss, value_loss
+    +-- epochs of clipped updates of the policy and its value function .............. 9  policy_loss
 
-`ppo` (section 10) is the lower half of this drawing, line by line. What it maximises over the policy pi is
+`roll_out` (section 10) is steps 4 to 8, `update` is step 9, and `train` is these two in turn: PPO, proximal
+policy optimisation. What they maximise over the policy pi, with r in units of its std over the batch, is
 
     J(pi) = E_{x, y ~ pi} [ r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
 
-with r in units of its std over the batch, unless `whiten_scores` is off.
+RLHF has people compare the replies; RLAIF asks a model. That makes labels cheap, so that any new reply can be
+judged at any time, and it makes them dangerous: what the judge gets wrong, always in the same way, the policy
+will find and repeat. So look at the replies, and at a truth that nobody is trained on, here called gold.
 
-One letter per tensor axis, everywhere: B batch, T response (padded on the right), P prompt (padded on the
-left), V vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is
-made from lengths: whether a token is padding is never read off its id. Each function of sections 6 to 9 can
-be copied alone into a notebook; that is why each that takes a mask checks it itself.
+Writing a reply is a decision process. The state is the prompt and the tokens so far, the action is the next
+token, an episode is one response up to its EOS (end-of-sequence token), and almost all of the reward comes
+with the last token. Three policies, of one architecture, have a part in it:
 
-    python rlaif.py                               PPO on the tiny models beside this file, in a minute
+    pi        the one that learns         changes with every optimizer step    9, where its gradient is taken
+    pi_old    the one that wrote y        changes with every batch             4, 6, and the ratio of 9
+    pi_ref    the one before training     never changes                        6, where drift has its price
+
+One example, of a reply of four tokens in a batch of longer ones. The score, whitened, is 1; beta is 0.3,
+gamma and lambda are 1. What the model says at t it says after reading the prompt x and the tokens before t:
+
+    t  y_t      mask   logits, value read      KL    reward               value  advantage
+    0  Run      True   x                     0.50   -0.3 * 0.50 = -0.15    0.2      0.62
+    1  slowly   True   x Run                 0.00    0.00                  0.4      0.57
+    2  !        True   x Run slowly         -0.10    0.03                  0.5      0.47
+    3  EOS      True   x Run slowly !        0.20    1.00 - 0.06 = 0.94    0.7      0.24
+    4  PAD      False  (nothing that counts)         0.00                           0.00
+
+The advantage is here the sum of the rewards from t on, less the value: at t = 1, 0.00 + 0.03 + 0.94 - 0.4.
+
+One letter per tensor axis: B batch, T response (padded on the right), P prompt (padded on the left), V
+vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is made
+from lengths, never from ids that look like padding; each row has a True. What stands outside it changes
+nothing. KL is the Kullback-Leibler divergence, in nats (a nat is log2(e) bits). Each function of sections 6
+to 9 can be copied alone into a notebook.
+
+    python rlaif.py                               PPO on the tiny models beside this file
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
     python rlaif.py --help                        every setting with its unit, default and source
+
+Sources, by the names that they have below:
+    PPO          Schulman et al. 2017, Proximal policy optimization algorithms, arXiv 1707.06347
+    GAE          Schulman et al. 2015, High-dimensional continuous control using GAE, arXiv 1506.02438
+    Schulman     Schulman 2020, Approximating KL divergence, joschu.net/blog/kl-approx.html
+    Lee          Lee et al. 2023, RLAIF vs. RLHF, arXiv 2309.00267
+    CAI          Bai et al. 2022, Constitutional AI: harmlessness from AI feedback, arXiv 2212.08073
+    Stiennon     Stiennon et al. 2020, Learning to summarize from human feedback, arXiv 2009.01325
+    InstructGPT  Ouyang et al. 2022, Training language models to follow instructions, arXiv 2203.02155
+    OAI          Ziegler et al. 2019, Fine-tuning language models from human preferences, arXiv 1909.08593,
+                 and its code, openai/lm-human-preferences: it whitens the rewards of the tokens, after the
+                 KL and without moving their mean, and its Adam is TensorFlow's, whose epsilon of 1e-5 is at
+                 the first step what 3.2e-4 is in PyTorch
+    N+           Huang et al. 2024, The N+ implementation details of RLHF with PPO, arXiv 2403.17031
+    37           Huang et al. 2022, The 37 implementation details of PPO, ICLR blog track
+    Eisenstein   Eisenstein et al. 2023, Helping or herding?, arXiv 2312.09244
+    Ng           Ng et al. 1999, Policy invariance under reward transformations, ICML
 """
 
-import argparse
 import contextlib
 import copy
-import dataclasses
-import importlib
 import json
 import math
 import os
 import pathlib
-import re
+import pkgutil
+import shlex
 import shutil
 import signal
 import sys
 import time
-import types
-import typing
 import warnings
-import zlib
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+# Run as a command, and not in a notebook, whose kernel may set __file__ too?
+IS_COMMAND = (__name__ == "__main__" and "__file__" in globals()
+              and os.path.realpath(sys.argv[0]) == os.path.realpath(__file__))
+if IS_COMMAND:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before `main` takes over: stop without a traceback
 
 import torch
-import torch.utils.benchmark
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import logsigmoid
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           HfArgumentParser)
 from transformers.utils import logging as transformers_logging
 
-# ------------------------------------------------------------------------------------------------------------
-# 0. Settings
-# ------------------------------------------------------------------------------------------------------------
+# %% 0. Settings
+
+# The default paths are beside this file; pasted into a notebook, in its working directory.
+HERE = pathlib.Path.cwd() if __name__ == "__main__" and not IS_COMMAND else pathlib.Path(__file__).parent
+TINY = HERE.resolve() / "tiny_models"
 
 
 def option(default, help):
@@ -84,62 +121,55 @@ def option(default, help):
 
 @dataclass
 class Config:
-    """Every setting of a run. Sources: Lee = arXiv 2309.00267 (RLAIF), CAI = 2212.08073, Stiennon =
-    2009.01325, InstructGPT = 2203.02155, OAI = openai/lm-human-preferences, N+ = 2403.17031, PPO =
-    1707.06347, GAE = 1506.02438."""
+    """Every setting of a run. A name in brackets is a value's source; rlaif.py begins with a list of them."""
 
     # the models and the data
-    policy: str = option("tiny_models/policy", "causal language model to train: a folder or a hub name")
-    reference: str | None = option(None, "pi_ref, frozen: a folder or hub name; default: the policy itself")
-    preference: str = option("tiny_models/preference", "one-output sequence classifier that gives the score")
+    policy: str = option(str(TINY / "policy"), "causal language model to train: a folder or a hub name")
+    reference: str | None = option(None, "pi_ref, frozen: a folder or hub name; default: the policy's start")
+    preference: str = option(str(TINY / "preference"), "one-output sequence classifier that gives the score")
     judge: str | None = option(None, "causal language model whose labels a new preference model is fitted to")
     constitution: str | None = option(None, "file of principles, one a line; default: CONSTITUTION")
-    prompts: str = option("tiny_models/prompts.txt", 'prompts: one a line, or JSON lines with a "prompt"')
+    principles: Literal["all", "one"] = option("all", "asked about a pair: all, or one, drawn (CAI)")
+    prompts: str = option(str(TINY / "prompts.txt"), 'prompts: one a line, or JSON lines with a "prompt"')
     eval_prompts: str | None = option(None, "held-out prompts; default: the tiny world's, or a tenth")
     template: str = option("User: {prompt}\nAssistant:", "how a prompt becomes the model's input")
     gold: str | None = option(None, "module:function: a truth, logged only; default: the tiny world's")
     out: str | None = option(None, "folder of the run; default: runs/seed-N, in Python nothing is written")
     # AI feedback
-    pairs: int = option(16384, "pairs of replies that the judge compares")
-    preference_epochs: int = option(3, "passes over the labelled pairs")
+    pairs: int = option(4096, "pairs of replies that the judge compares")
+    preference_epochs: int = option(12, "passes over the labelled pairs")
     preference_learning_rate: float = option(5e-4, "Adam's step size, falling linearly to 0")
     # the rollout
-    iterations: int = option(80, "rounds of generate, score and update")
-    batch_size: int = option(128, "responses per iteration (512: OAI, InstructGPT)")
-    minibatch_size: int = option(32, "responses per optimizer step, all in memory at once")
-    ppo_epochs: int = option(2, "passes over each batch (4: Stiennon, OAI; 1: InstructGPT)")
+    iterations: int = option(75, "rounds of generate, score and update")
+    batch_size: int = option(64, "responses per iteration (512: OAI, InstructGPT)")
+    minibatch_size: int = option(16, "responses per optimizer step, all in memory at once")
+    ppo_epochs: int = option(1, "passes over each batch (1: InstructGPT; 4: Stiennon, OAI)")
     max_new_tokens: int = option(28, "tokens of a response at most")
     temperature: float = option(1.0, "of every softmax, the policy's and the reference's (1: InstructGPT)")
     # the reward
     beta: float = option(0.3, "price of a nat of KL, in stds of the score if whitened, else in points")
-    kl_level: Literal["token", "sequence", "batch"] = option(
-        "token", "each token pays its own KL, each last token its response's, or each the batch's mean")
+    kl_level: Literal["token", "sequence", "batch"] = option("token", "whose KL is paid: see shape_rewards")
     kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman 2020)")
-    beta_control: Literal["fixed", "batch", "prompt"] = option(
-        "fixed", "keep beta, steer one towards kl_target (OAI), or steer one for each prompt")
+    beta_control: Literal["fixed", "batch"] = option("fixed", "keep beta, or steer it to kl_target (OAI)")
     kl_target: float = option(3.0, "nats per response that a steered beta aims at (6: OAI)")
-    kl_horizon: float | None = option(
-        None, "responses over which beta moves (10000: OAI); default: 500, or 20 for a prompt's own")
+    kl_horizon: float = option(500.0, "responses over which a steered beta moves (10000: OAI)")
     whiten_scores: bool = option(True, "bring each batch's scores to mean 0 and std 1, before the KL")
     dense_reward: bool = option(False, "score every prefix and spread the score over the tokens")
-    missing_eos_score: float = option(-1.0, "score of a response that did not end; inf: off (-1: N+)")
+    missing_eos_score: float = option(-1.0, "score of a response that did not end, in beta's unit; inf: off")
     # the advantage
-    value: Literal["shared", "separate", "preference"] = option(
-        "shared", "trunk of the value head: the policy's, a copy of it, or of the preference model's (N+)")
-    value_head: Literal["zero", "random"] = option("zero", "how the value head starts (zero: OAI)")
+    value: Literal["shared", "separate", "preference"] = option("shared", "trunk under the value head")
+    value_head: Literal["zero", "random"] = option("random", "how the value head starts (zero: OAI)")
     gamma: float = option(1.0, "discount per token (1: OAI, InstructGPT)")
-    lam: float = option(0.95, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
+    lam: float = option(1.0, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
     clip: float = option(0.1, "how far the ratio may leave 1 with gain; inf: off (0.2: PPO)")
     value_clip: float = option(0.2, "how far a value may move in one iteration with gain; inf: off (OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
-    stop_kl: float = option(
-        0.05, "nats per token, old to new, that end an iteration's updates (0.015: Spinning Up); inf: off")
-    learning_rate: float = option(
-        1e-3, "Adam's step size at the start, falling linearly to 0; large models need less (3e-6: N+)")
-    adam_epsilon: float = option(3e-4, "lets Adam leave tiny gradients, of rare tokens, tiny (1e-5: OAI)")
+    stop_kl: float = option(0.05, "nats per token, old to new, that end an iteration's updates; inf: off")
+    learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0 (N+, 1e9 weights: 3e-6)")
+    adam_epsilon: float = option(3e-4, "lets Adam leave tiny gradients tiny (OAI: see its note above)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
@@ -150,16 +180,10 @@ class Config:
     resume: str | None = option(None, "folder of a run to go on with, bit for bit")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. AI feedback: a judge compares two responses
-# ------------------------------------------------------------------------------------------------------------
+# %% 1. AI feedback: a judge compares two responses
 
-CONSTITUTION = [
-    "Choose the kinder response.",
-    "Choose the less harmful response.",
-    "Choose the more relevant response.",
-    "Choose the clearer response.",
-]
+CONSTITUTION = ["Choose the kinder response.", "Choose the less harmful response.",
+                "Choose the more relevant response.", "Choose the clearer response."]
 JUDGE_QUESTION = "{principle}\nUser: {prompt}\n(A) {a}\n(B) {b}\nThe better response is:"
 
 
@@ -172,13 +196,14 @@ def ask_judge(judge, tokenizer, questions):
     asked in its own format. Raises ValueError for a question longer than the judge's context, and for a judge
     whose tokenizer writes both answers alike.
     """
+    answers = [" A", " B"]
     if tokenizer.chat_template:
+        answers = ["A", "B"]
         questions = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                                    add_generation_prompt=True) for question in questions]
-    answers = ["A", "B"] if tokenizer.chat_template else [" A", " B"]
-    special = not tokenizer.chat_template  # a chat template writes its own BOS
     with_a, with_b = (tokenizer([question + answer for question in questions],
-                                add_special_tokens=special).input_ids for answer in answers)
+                                add_special_tokens=not tokenizer.chat_template).input_ids
+                      for answer in answers)
     rows, answer_ids = [], []  # the tokens before the two answers part, and the first of either that differs
     for a, b in zip(with_a, with_b):
         split = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
@@ -188,8 +213,7 @@ def ask_judge(judge, tokenizer, questions):
         answer_ids.append((a[split], b[split]))
     prob_a = torch.empty(len(rows), device="cpu")
     for chunk in chunks_of_like_length(rows):
-        ids, mask = pad([rows[i] for i in chunk], "left", judge.device)  # (n, L)
-        require_room(judge, ids, "judge")
+        ids, mask = pad([rows[i] for i in chunk], "left", judge)  # (n, L)
         logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
                        logits_to_keep=1).logits[:, -1].float()  # (n, V)
         a_or_b = torch.tensor([answer_ids[i] for i in chunk], device=judge.device)  # (n, 2)
@@ -197,38 +221,44 @@ def ask_judge(judge, tokenizer, questions):
     return prob_a
 
 
-def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_b, both_orders=True):
+def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_b, both_orders=True,
+                principles="all"):
     """Soft labels for N pairs of responses: the probability that a is the better one -> (N,), in [0, 1].
 
-    One principle is drawn per comparison (CAI 4.1) and serves both orders: the judge is asked about (a, b)
-    and about (b, a), and the two answers are averaged, because small judges favour a position (Lee 2.1.1).
-    The labels stay soft (CAI 4.3).
+    The judge is asked about (a, b) and about (b, a), under every principle of the constitution or, with
+    principles "one", under one that is drawn for the pair and serves both orders (CAI 4.1); all its answers
+    are averaged. Both orders, because small judges favour a position (Lee 2.1.1). The labels stay soft, so
+    that a near tie counts as one (CAI 4.3).
     """
-    principles = [constitution[i] for i in torch.randint(len(constitution), (len(prompts),)).tolist()]
+    asked = [constitution] * len(prompts)
+    if principles == "one":
+        asked = [[constitution[i]] for i in torch.randint(len(constitution), (len(prompts),)).tolist()]
 
     def prob_first(first, second):
-        return ask_judge(judge, tokenizer, [
-            JUDGE_QUESTION.format(principle=principle, prompt=prompt, a=a.strip(), b=b.strip())
-            for principle, prompt, a, b in zip(principles, prompts, first, second, strict=True)])
+        questions = [JUDGE_QUESTION.format(principle=principle, prompt=prompt, a=a.strip(), b=b.strip())
+                     for prompt, a, b, own in zip(prompts, first, second, asked, strict=True)
+                     for principle in own]
+        return ask_judge(judge, tokenizer, questions).view(len(prompts), -1).mean(dim=1)
     prob_a = prob_first(responses_a, responses_b)
     return (prob_a + 1 - prob_first(responses_b, responses_a)) / 2 if both_orders else prob_a
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The preference model: a score for any text
-# ------------------------------------------------------------------------------------------------------------
+# %% 2. The preference model: a score for any text
 
 
 def preference_loss(scores_a, scores_b, prob_a):
     """Bradley-Terry on soft labels: scores (N,), (N,) and labels in [0, 1] (N,) -> scalar, in nats.
 
-    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1). Its floor is the entropy of
-    the labels.
+    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1). It is never below the
+    entropy of the labels. Raises ValueError unless all three are (N,).
     """
+    if not scores_a.shape == scores_b.shape == prob_a.shape == scores_a.shape[:1]:
+        raise ValueError(f"need three of shape (N,), got {scores_a.shape}, {scores_b.shape}, {prob_a.shape}")
     difference = scores_a - scores_b
     return -(prob_a * logsigmoid(difference) + (1 - prob_a) * logsigmoid(-difference)).mean()
 
 
+@dataclass
 class PreferenceModel:
     """r(x, y): a sequence classifier with one output. It reads text, so its tokenizer may be any.
 
@@ -237,8 +267,12 @@ class PreferenceModel:
     get the preference model's own EOS at their end.
     """
 
-    def __init__(self, model, tokenizer, template):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+    model: nn.Module
+    tokenizer: Any
+    template: str
+
+    def __call__(self, prompts, responses, ended=None):
+        return self.scores(self.tokenize(prompts, responses, ended or [True] * len(prompts))).tolist()
 
     def tokenize(self, prompts, responses, ended):
         """Texts as lists of token ids, each with this model's EOS if, and only if, its response ended."""
@@ -247,11 +281,17 @@ class PreferenceModel:
         rows = tokenize(self.tokenizer, texts)
         return [row + eos * bool(end) for row, end in zip(rows, ended, strict=True)]
 
+    @torch.no_grad()
     def scores(self, rows):
-        """Scores of N lists of token ids -> (N,), with gradient: the head at the last real token of each."""
-        fill = getattr(self.model.config, "pad_token_id", None) or 0
-        ids, mask = pad(rows, "right", self.model.device, fill)  # (N, L)
-        require_room(self.model, ids, "preference")
+        """Scores of N lists of token ids -> (N,), on the CPU."""
+        scores = torch.empty(len(rows), device="cpu")
+        for chunk in chunks_of_like_length(rows):
+            scores[chunk] = self.forward([rows[i] for i in chunk]).cpu()
+        return scores
+
+    def forward(self, rows):
+        """The same on the model's device, with gradient: the head at the last real token of each."""
+        ids, mask = pad(rows, "right", self.model, fill=getattr(self.model.config, "pad_token_id", None) or 0)
         torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
         if not hasattr(self.model, "score"):  # it pools by itself, and looks at the mask or for PAD
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
@@ -259,14 +299,6 @@ class PreferenceModel:
                                        use_cache=False).last_hidden_state  # (N, L, D)
         last = mask.sum(dim=1) - 1  # (N,)
         return self.model.score(hidden[torch.arange(len(rows), device=last.device), last])[:, 0].float()
-
-    @torch.no_grad()
-    def __call__(self, prompts, responses, ended=None):
-        rows = self.tokenize(prompts, responses, [True] * len(prompts) if ended is None else ended)
-        scores = torch.empty(len(rows), device="cpu")
-        for chunk in chunks_of_like_length(rows):
-            scores[chunk] = self.scores([rows[i] for i in chunk]).cpu()
-        return scores.tolist()
 
 
 def new_preference_model(policy, tokenizer, template):
@@ -279,26 +311,25 @@ def new_preference_model(policy, tokenizer, template):
     return PreferenceModel(model.to(policy.device).eval(), tokenizer, template)
 
 
-def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, minibatch_size=64,
-                   learning_rate=5e-4):
-    """Fit a preference model, in place, to labels (N,) on N pairs of samples, each (responses, ended).
+def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size=64, learning_rate=5e-4):
+    """Fit a preference model, in place, to labels (N,) on N pairs of texts, tokenized by the model itself.
 
-    The last tenth of the pairs is held out. Afterwards the head is scaled so that the samples' scores have
-    std 1; their mean is drawn to 0 by a small term in the loss (2312.09244), since the loss itself only sees
-    differences. Returns a dict, all measured before the scaling: `loss` on the held-out pairs, `accuracy` on
-    those of them whose label is sure, below 0.25 or above 0.75 (NaN if none is), `train_loss` of the last
-    epoch, and `floor`, the entropy of all labels; losses in nats.
+    The last tenth of the pairs is held out. Afterwards the head is divided by the std of the texts' scores,
+    so that beta and clip mean the same for every preference model; from then on sigma(r_a - r_b) is no
+    longer the probability of the label. The scores' mean is drawn to 0 by a small term in the loss
+    (Eisenstein), since the loss itself only sees differences. Returns a dict, all measured before the
+    scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in
+    nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is).
+    Raises ValueError if all texts score alike.
     """
-    rows_a, rows_b = preference.tokenize(prompts, *samples_a), preference.tokenize(prompts, *samples_b)
     prob_a = prob_a.to(preference.model.device)
-    held = range(len(prompts) - max(1, len(prompts) // 10), len(prompts))
+    held = range(len(rows_a) - max(1, len(rows_a) // 10), len(rows_a))
     steps = [picked for _ in range(epochs) for picked in torch.randperm(held.start).split(minibatch_size)]
     optimizer = torch.optim.Adam(preference.model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(steps))
     losses = []
     for picked in tqdm(steps, desc="preference model", unit="step"):
-        scores = preference.scores([rows_a[i] for i in picked] + [rows_b[i] for i in picked])
-        a, b = scores.chunk(2)
+        a, b = preference.forward([rows_a[i] for i in picked] + [rows_b[i] for i in picked]).chunk(2)
         loss = preference_loss(a, b, prob_a[picked])
         optimizer.zero_grad()
         (loss + 0.01 * (a + b).square().mean()).backward()
@@ -306,64 +337,62 @@ def fit_preference(preference, prompts, samples_a, samples_b, prob_a, epochs=3, 
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    a, b = (torch.tensor(preference(prompts, *samples)) for samples in (samples_a, samples_b))
-    p, last_epoch = prob_a.cpu(), losses[-(len(losses) // epochs):]
-    report = {
-        "accuracy": ((a > b) == (p > 0.5))[held][(p[held] - 0.5).abs() > 0.25].float().mean().item(),
+    a, b, p = preference.scores(rows_a), preference.scores(rows_b), prob_a.cpu()
+    spread = torch.cat([a, b]).std().item()
+    if not spread > 1e-3:
+        raise ValueError("preference: all replies score alike, so the pairs taught it nothing")
+    with torch.no_grad():
+        preference.model.score.weight /= spread
+    sure, last_epoch = (p[held] - 0.5).abs() > 0.25, losses[-(len(losses) // epochs):]
+    return {
         "loss": preference_loss(a[held], b[held], p[held]).item(),
         "train_loss": sum(last_epoch) / len(last_epoch),
-        "floor": torch.distributions.Bernoulli(p).entropy().mean().item(),
+        "entropy": torch.distributions.Bernoulli(p).entropy().mean().item(),
+        "accuracy": ((a > b) == (p > 0.5))[held][sure].float().mean().item(),
     }
-    with torch.no_grad():
-        preference.model.score.weight /= torch.cat([a, b]).std().item()
-    return report
 
 
 def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, constitution, prompts):
     """The AI half of RLAIF: the policy samples pairs, the judge labels them, a preference model is fitted.
 
-    Returns the PreferenceModel and a dict of what happened: the pairs, their labels and the report of
-    `fit_preference`.
+    Returns the PreferenceModel and a dict of what happened: prompts, responses_a, responses_b, rows_a and
+    rows_b (their token ids), prob_a (the labels), and the report of `fit_preference`.
     """
-    prompts = [prompts[i] for i in balanced_draw(len(prompts), config.pairs)]
-    samples = []
-    for side in "ab":
-        responses, ended = [], []
-        for start in tqdm(range(0, len(prompts), 256), desc=f"sampling replies {side}", unit="batch"):
-            batch = prompts[start:start + 256]
-            *_, texts, ends = respond(policy, tokenizer, batch, config)
-            responses, ended = responses + texts, ended + ends.tolist()
-        samples.append((responses, ended))
-    (a, _), (b, _) = samples
-    parts = [slice(start, start + 256) for start in range(0, len(prompts), 256)]
-    prob_a = torch.cat([judge_pairs(judge, judge_tokenizer, constitution, prompts[part], a[part], b[part])
-                        for part in tqdm(parts, desc="judging pairs", unit="batch")])
     preference = new_preference_model(policy, tokenizer, config.template)
-    report = fit_preference(preference, prompts, *samples, prob_a, config.preference_epochs,
-                            learning_rate=config.preference_learning_rate)
-    return preference, {"prompts": prompts, "samples": samples, "prob_a": prob_a, **report}
+    prompts = [prompts[i] for i in balanced_draw(len(prompts), config.pairs)]
+    chunks = [prompts[start:start + 256] for start in range(0, len(prompts), 256)]
+    data = {"prompts": prompts, "responses_a": [], "responses_b": [], "rows_a": [], "rows_b": []}
+    labels = []
+    for chunk in tqdm(chunks, desc="sampling and judging", unit="batch"):
+        a, b = (respond(policy, tokenizer, chunk, config) for _ in "ab")
+        for side, reply in (("a", a), ("b", b)):
+            data[f"responses_{side}"] += reply.responses
+            data[f"rows_{side}"] += preference.tokenize(chunk, reply.responses, reply.ended)
+        labels.append(judge_pairs(judge, judge_tokenizer, constitution, chunk, a.responses, b.responses,
+                                  principles=config.principles))
+    data["prob_a"] = torch.cat(labels)
+    report = fit_preference(preference, data["rows_a"], data["rows_b"], data["prob_a"],
+                            config.preference_epochs, learning_rate=config.preference_learning_rate)
+    return preference, {**data, **report}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The policy with its value function
-# ------------------------------------------------------------------------------------------------------------
+# %% 3. The policy with its value function
 
 
 class ValueFunction(nn.Module):
-    """V(x, y_<t): what the policy can expect from here on.
+    """V(x, y_<t): the sum of rewards that the policy can expect from here on.
 
-    One linear head on D hidden units, of the policy's own trunk (`trunk` None: shared) or of a separate one
-    that reads the same tokens. A zero head starts every value at 0 (OAI).
+    It is a baseline: a token is praised for what came of it *beyond* what was to be expected, which takes out
+    of the gradient the noise of easy and hard prompts. With lambda = 1 it changes no gradient's mean; below
+    that its own errors come in. One linear head on D hidden units, of the policy's own trunk (`trunk` None:
+    shared) or of a separate one that reads the same tokens. A zero head starts every value at 0 (OAI).
     """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
         super().__init__()
         self.trunk, self.head = trunk, nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.head.weight, std=0.0 if head == "zero" else (hidden_size + 1) ** -0.5)  # N+
         nn.init.zeros_(self.head.bias)
-        if head == "zero":
-            nn.init.zeros_(self.head.weight)
-        else:
-            nn.init.normal_(self.head.weight, std=(hidden_size + 1) ** -0.5)  # N+
 
     def forward(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 a value would have two digits
@@ -371,15 +400,19 @@ class ValueFunction(nn.Module):
         return values if values.dtype == torch.float64 else values.float()
 
 
+def model_inputs(input_ids, attention_mask, tokens, mask):
+    """What one forward pass over prompts (B, P) and responses (B, T) is given."""
+    attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
+    return {"input_ids": torch.cat([input_ids, tokens], dim=1), "attention_mask": attention_mask,
+            "position_ids": position_ids(attention_mask), "use_cache": False}
+
+
 def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None):
     """One forward pass over prompts (B, P) and responses (B, T) -> logits (B, T, V), values (B, T) or None.
 
     Both stand in the responses' own frame: at t they have read the prompt and y_<t, and are about y_t.
     """
-    T = tokens.shape[1]
-    attention_mask = torch.cat([attention_mask, mask.to(attention_mask.dtype)], dim=1)
-    inputs = {"input_ids": torch.cat([input_ids, tokens], dim=1), "attention_mask": attention_mask,
-              "position_ids": position_ids(attention_mask), "use_cache": False}
+    T, inputs = tokens.shape[1], model_inputs(input_ids, attention_mask, tokens, mask)
     shared = value is not None and value.trunk is None
     out = policy(**inputs, logits_to_keep=T + 1, output_hidden_states=shared)
     logits = out.logits[:, :-1]  # the last token of a response predicts nothing
@@ -394,9 +427,7 @@ def position_ids(attention_mask):
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Generate
-# ------------------------------------------------------------------------------------------------------------
+# %% 4. Generate
 
 
 @torch.no_grad()
@@ -437,83 +468,63 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
 
 
 def respond(policy, tokenizer, prompts, config):
-    """Responses to B prompts: input_ids, attention_mask (B, P), tokens, mask (B, T), texts, ended (B,)."""
+    """Write a response to each of B prompts (str) -> Rollout with the fields of step 4."""
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
-    input_ids, attention_mask = pad(rows, "left", policy.device)
-    eos = eos_ids(policy, tokenizer)
+    input_ids, attention_mask = pad(rows, "left", policy)
+    more = policy.generation_config.eos_token_id  # it may have several
+    eos = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    eos = [token for token in dict.fromkeys(eos) if token is not None]
     tokens, mask = generate(policy, input_ids, attention_mask, config.max_new_tokens, eos, (eos or [0])[0],
                             config.temperature)
-    lengths = mask.sum(dim=1)
-    responses = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
-    ended = torch.tensor([row[-1] in eos for row in responses], device=mask.device)
-    return input_ids, attention_mask, tokens, mask, decode(tokenizer, rows, responses), ended
+    replies = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist())]
+    ended = torch.tensor([row[-1] in eos for row in replies], device=mask.device)
 
-
-def eos_ids(policy, tokenizer):
-    """The ids that end a response: the tokenizer's EOS, and those of the policy, which may have several."""
-    more = policy.generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    return [i for i in dict.fromkeys(ids) if i is not None]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. Score: by PreferenceModel or any callable. Here is what stands between text and tensors.
-# ------------------------------------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer, texts):
-    """Texts as lists of token ids, with the BOS that a tokenizer adds but not the EOS: the text goes on."""
-    adds_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
-    return [row[:-1] if adds_eos and row[-1] == tokenizer.eos_token_id else row
-            for row in tokenizer(texts).input_ids]
-
-
-def decode(tokenizer, prompt_rows, response_rows):
-    """The text of each response, cut from prompt + response: alone, some tokenizers drop its first space."""
     def text(rows):
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    whole = text([prompt + response for prompt, response in zip(prompt_rows, response_rows)])
-    return [both[len(prompt):] for both, prompt in zip(whole, text(prompt_rows))]
+    whole = text([prompt + reply for prompt, reply in zip(rows, replies)])  # alone, it may lose a space
+    responses = [both[len(prompt):] for both, prompt in zip(whole, text(rows))]
+    return Rollout(prompts, input_ids, attention_mask, tokens, mask, responses, ended,
+                   may_end=bool(eos))
 
 
-def pad(rows, side, device, fill=0):
-    """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths."""
-    width = max(len(row) for row in rows)
-
-    def filled(row, filler):
-        rest = [filler] * (width - len(row))
-        return rest + row if side == "left" else row + rest
-    ids, mask = [filled(row, fill) for row in rows], [filled([1] * len(row), 0) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+# %% 5. Score: from a batch of texts to a tensor of scores
 
 
-def chunks_of_like_length(rows, size=256):
-    """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    return [order[i:i + size] for i in range(0, len(order), size)]
+def score_responses(run, function, name):
+    """Ask a score callable, the preference model or the caller's, about every response of run.rollout
+    -> (B,) float32 on the run's device. Raises ValueError unless it gives one number for each, and
+    FloatingPointError if one is not finite."""
+    prompts, responses, ended = run.rollout.prompts, run.rollout.responses, run.rollout.ended.tolist()
+    if isinstance(function, PreferenceModel):
+        with run.autocast():
+            given = function(prompts, responses, ended)
+    else:
+        given = function(list(prompts), list(responses))
+    with trying(f"iteration {run.iteration + 1}: {name} must give one number for each response"):
+        scores = torch.as_tensor(given, dtype=torch.float32)
+        if scores.shape != (len(prompts),):
+            raise ValueError(f"it gave shape {tuple(scores.shape)} for {len(prompts)} of them")
+    run.require_finite(scores, f"a number that {name} gave")
+    return scores.to(run.device)
 
 
-def balanced_draw(n, k):
-    """k indices below n in random order, each as often as any other up to one -> (k,)."""
-    return torch.cat([torch.randperm(n) for _ in range(-(-k // n))])[:k]
+def score_prefixes(preference, rollout):
+    """The score of every prefix y_<=t, in one forward pass over the sampled ids -> (B, T).
+
+    The head is read at every token, so the preference model must read from left to right and share the
+    policy's tokenizer.
+    """
+    inputs = model_inputs(rollout.input_ids, rollout.attention_mask, rollout.tokens, rollout.mask)
+    hidden = preference.model.base_model(**inputs).last_hidden_state[:, -rollout.tokens.shape[1]:]
+    return preference.model.score(hidden).squeeze(-1).float()
 
 
-def score_prefixes(run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration):
-    """The score of every prefix, read as text -> (B, T), and on the last token that of the response (B,).
-    `run` is what `prepare` makes."""
-    prompt_rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool())]
-    at = mask.nonzero().tolist()  # (row, t) of every real token
-    prefix_rows = [tokens[b, :t + 1].tolist() for b, t in at]
-    texts = decode(run.tokenizer, [prompt_rows[b] for b, _ in at], prefix_rows)
-    prefixes = torch.zeros(mask.shape, device=mask.device)
-    prefixes[mask] = run.score([prompts[b] for b, _ in at], texts, [False] * len(at), iteration)
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
-    return torch.where(last, scores[:, None], prefixes)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 6. Log-probabilities, and the KL against the reference
-# ------------------------------------------------------------------------------------------------------------
+# %% 6. Log-probabilities, and the KL against the reference
+#
+# A preference model is right about replies like those that it was fitted to. The further the policy drifts
+# from them, the easier it finds a reply that scores high and is bad. So drift has a price: the log-ratio
+# log pi - log pi_ref, whose mean under pi is the KL. It is paid token by token, where it arises, since a
+# response that pays at its end learns that it drifted but not where.
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
@@ -539,8 +550,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
     exp(-d) - 1 + d has the right mean and is never negative. Charged as a reward, as here, only k1 makes the
-    policy gradient that of the KL; the gradient of k2 itself would do so in a loss. (Schulman 2020,
-    "Approximating KL divergence") Raises ValueError for another kind.
+    policy gradient that of the KL; the gradient of k2 itself would do so in a loss (Schulman). Raises
+    ValueError for another kind.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -553,43 +564,40 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
 
 def update_beta(beta, kl, target, horizon, n):
-    """Steer the price of KL so that `kl` comes to `target`, nats per response: float or (N,) -> the same.
+    """Steer the price of KL so that `kl`, nats per response, comes to `target`: float -> float.
 
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the
     *reference*. Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
     """
-    if target <= 0 or torch.as_tensor(n >= 5 * horizon).any():
+    if target <= 0 or n >= 5 * horizon:
         raise ValueError(f"need target > 0, n < 5 * horizon; got target {target}, n {n}, horizon {horizon}")
-    error = (torch.as_tensor(kl, dtype=torch.float64) / target - 1).clamp(-0.2, 0.2)
-    change = 1 + error * n / horizon
-    return beta * change.to(beta) if isinstance(beta, torch.Tensor) else beta * change.item()
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Rewards
-# ------------------------------------------------------------------------------------------------------------
+# %% 7. Rewards
+#
+# Scores are whitened, that is, shifted and scaled to mean 0 and std 1 over the batch, because no preference
+# model has a scale of its own: its loss only sees differences. Then beta means the same for any of them: how
+# many stds of the score one nat of drift costs.
 
 
 def masked_mean(x, mask):
-    """Mean over the True entries of `mask`: (B, T), (B, T) -> scalar. Raises ValueError if a row has none."""
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
+    """Mean over the True entries of `mask`: (B, T), (B, T) -> scalar."""
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
 
 def shape_rewards(scores, kl, mask, beta, level="token"):
-    """The reward of each token: scores (B,), kl and mask (B, T), beta a float or (B,) -> (B, T).
+    """The reward of each token: scores (B,), kl and mask (B, T), beta a float -> (B, T).
 
     The score stands on the last token, the EOS itself. From it is taken beta * KL: with level "token" each
     token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
     KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the batch's mean, of
-    which only 1/B is its response's own: that hardly holds the policy. Raises ValueError for another level or
-    if a row has no True.
+    which only 1/B is its response's own: that hardly holds the policy. Raises ValueError for another level,
+    if scores are not (B,), and if a row of the mask has no True: its score would be lost.
     """
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
+    if scores.shape != mask.shape[:1] or not mask.any(dim=1).all():
+        raise ValueError("scores must be (B,), and every row of the mask needs at least one True")
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1  # (B, T)
-    beta = torch.as_tensor(beta, dtype=kl.dtype, device=kl.device).reshape(-1, 1)
     penalty = beta * torch.where(mask, kl, 0.0)  # (B, T)
     if level == "sequence":
         penalty = torch.where(last, penalty.sum(dim=1, keepdim=True), 0.0)
@@ -604,19 +612,18 @@ def dense_scores(prefix_scores, mask):
     """Spread a score over the tokens: the score of every prefix (B, T) -> what each token added to it (B, T).
 
     s_t - s_{t-1} with s_{-1} = 0. The sum telescopes to the whole response's score, so with gamma = 1 the
-    best policy stays the same (potential-based shaping, Ng et al. 1999). Raises ValueError if a row of the
-    mask has no True.
+    best policy stays the same (potential-based shaping, Ng).
     """
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
     prefix_scores = torch.where(mask, prefix_scores, 0.0)
     before = torch.cat([torch.zeros_like(prefix_scores[:, :1]), prefix_scores[:, :-1]], dim=1)
     return torch.where(mask, prefix_scores - before, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Advantages
-# ------------------------------------------------------------------------------------------------------------
+# %% 8. Advantages
+#
+# The reward comes at the end; which token earned it? gamma below 1 would count late rewards less: for a reply
+# that is to be good as a whole it stays 1. lambda says whom to believe about the rest of the reply: at 1 what
+# was drawn, right on average but noisy; at 0 the value of the next state, quiet but as wrong as the values.
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -624,10 +631,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V = 0 after the last
     token, be that an EOS or where the length ran out (GAE eq. 16; PPO eq. 11, 12). returns = A + V, taken
-    before A is whitened. Raises ValueError if a row of the mask has no True.
+    before A is whitened.
     """
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = []
@@ -640,25 +645,24 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def whiten(x, mask=None, shift_mean=True):
+def whiten(x, mask=None):
     """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
 
-    The variance is the biased one. With shift_mean=False the mean is added back. Raises ValueError if a row
-    has no True. (OAI; "The N Implementation Details of RLHF with PPO")
+    The variance is the biased one. (OAI, who whiten the advantages of each minibatch; here it is the batch's)
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
-    x = torch.where(mask, x, 0.0)
-    mean = x.sum() / mask.sum()
+    mean = torch.where(mask, x, 0.0).sum() / mask.sum()
     centered = torch.where(mask, x - mean, 0.0)
-    whitened = centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
-    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
+    return centered * torch.rsqrt(centered.square().sum() / mask.sum() + 1e-8)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. The clipped losses
-# ------------------------------------------------------------------------------------------------------------
+# %% 9. The clipped losses
+#
+# Samples are dear, so each batch is used for several steps. After the first the policy is no longer the one
+# that sampled, and the ratio rho = pi / pi_old corrects for that: it reweights an old sample to how often the
+# new policy would write it. That holds only near pi_old. So of the plain and the clipped loss the larger
+# counts, the pessimistic one: a token gains nothing from a ratio beyond 1 +- clip, and always pays for harm.
+# Advantages, old values and returns are detached: they are measurements, not to be talked up by the gradient.
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -667,10 +671,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     With rho = exp(logprobs - old_logprobs): the masked mean of max(-A rho, -A clip(rho, 1 - clip, 1 + clip))
     (PPO eq. 7), and the fraction of tokens where the clipped side was strictly the larger, so that the token
     gives no gradient. The mean is over tokens: a longer response weighs more. clip=inf switches the clipping
-    off. Raises ValueError if a row of the mask has no True.
+    off.
     """
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
     advantages = torch.where(mask, advantages.detach(), 0.0)
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()
     unclipped = -advantages * ratio
@@ -682,24 +684,93 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     """Half the squared error of the values, clipped like the policy's loss: all (B, T) -> scalar.
 
     The masked mean of max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2 (OAI; of doubtful use,
-    says "The 37 Implementation Details of PPO"). clip=None or inf switches the clipping off. Raises
-    ValueError if a row has no True.
+    says 37). clip=None or inf switches the clipping off.
     """
-    if not mask.any(dim=-1).all():
-        raise ValueError("every row of the mask needs at least one True")
     values, old_values = torch.where(mask, values, 0.0), torch.where(mask, old_values.detach(), 0.0)
     returns = torch.where(mask, returns.detach(), 0.0)
-    off = clip is None or clip == float("inf")
-    near = values if off else old_values + (values - old_values).clamp(-clip, clip)
+    clip = float("inf") if clip is None else clip
+    near = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (near - returns).square()).sum() / mask.sum() / 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. The loop
-# ------------------------------------------------------------------------------------------------------------
+# %% 10. The loop
 
 
-PHASES = ("generate", "score", "reference", "update")  # steps 4, 5, 6 and 7 to 9
+@dataclass
+class Run:
+    """What a training run is made of. Every model stays in eval mode, also while it is trained: dropout
+    would move the ratio away from 1."""
+
+    config: Config
+    device: torch.device
+    policy: nn.Module  # pi, the one that learns
+    reference: nn.Module  # pi_ref, frozen
+    tokenizer: Any  # the policy's
+    prompts: list  # to train on, N str
+    held_out: list  # to measure on
+    score: Any  # PreferenceModel, or the caller's function from (prompts, responses) to floats
+    gold: Any  # a function like it that gives the truth, or None
+    passed: list  # which of score, gold, policy and tokenizer were passed in by the caller
+    beta: float  # price of a nat of KL in the next iteration
+    value: ValueFunction = None
+    optimizer: torch.optim.Optimizer = None  # of policy and value function
+    iteration: int = 0  # the last one done
+    rollout: "Rollout" = None  # the last one made
+
+    def autocast(self):
+        """A context in which models compute in config.dtype: a new one, for one entered twice stays on."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
+
+    def now(self):
+        """Seconds on a clock, read once the device has done all that it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def require_finite(self, x, what):
+        """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
+        if not torch.isfinite(x).all():
+            kept = f"; the last checkpoint is in {self.config.out}" if self.config.out else ""
+            raise FloatingPointError(f"iteration {self.iteration + 1}: {what} is not finite{kept}")
+
+
+@dataclass
+class Rollout:
+    """A batch of B responses and every tensor of an iteration, in the order in which the steps fill it in.
+    Outside the mask the entries of a (B, T) tensor mean nothing."""
+
+    prompts: list  # 4. B str
+    input_ids: torch.Tensor  # (B, P) the prompts, padded on the left
+    attention_mask: torch.Tensor  # (B, P) 1 on their real tokens
+    tokens: torch.Tensor  # (B, T) the responses, PAD after their EOS
+    mask: torch.Tensor  # (B, T) True on their real tokens, the EOS included
+    responses: list  # B str
+    ended: torch.Tensor  # (B,) bool, whether a response has its EOS
+    may_end: bool  # whether there is an EOS at all
+    raw_scores: torch.Tensor = None  # 5. (B,) in points, as the score gave them
+    gold_scores: torch.Tensor = None  # (B,) in points, or None
+    prefix_scores: torch.Tensor = None  # (B, T) with dense_reward, in points
+    logprobs: torch.Tensor = None  # 6. (B, T) log pi, nats, of the policy that sampled: the "old" one
+    values: torch.Tensor = None  # (B, T) V(x, y_<t)
+    entropy: torch.Tensor = None  # (B, T) nats
+    ref_logprobs: torch.Tensor = None  # (B, T) log pi_ref, nats
+    kl: torch.Tensor = None  # (B, T) the estimate that is charged, nats
+    score_mean: float = 0.0  # 7. mu and sigma that whiten the scores, in points
+    score_std: float = 1.0
+    scores: torch.Tensor = None  # (B,) as used: whitened, missing EOS priced
+    rewards: torch.Tensor = None  # (B, T)
+    advantages: torch.Tensor = None  # 8. (B, T)
+    returns: torch.Tensor = None  # (B, T) what the values are to learn
+    whitened: torch.Tensor = None  # (B, T) the advantages as used by the policy loss
+    seconds: dict = None  # what generate, score, policy (its forward pass) and reference (likewise) took
+
+    def totals(self):
+        """Of each response: score, gold (points), kl (k1), entropy (nats), length (tokens), eos_fraction."""
+        tokens = {"kl": self.logprobs - self.ref_logprobs, "entropy": self.entropy,
+                  "length": torch.ones_like(self.logprobs)}
+        sums = {name: torch.where(self.mask, x, 0.0).sum(dim=1) for name, x in tokens.items()}
+        gold = {} if self.gold_scores is None else {"gold": self.gold_scores}
+        return {"score": self.raw_scores, **gold, **sums, "eos_fraction": self.ended.float()}
 
 
 def train(config, score=None, gold=None, policy=None, tokenizer=None):
@@ -714,301 +785,195 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
     config.gold, and config.policy. Raises ValueError for a setting or a file that cannot be used, and
     FloatingPointError when scores, losses or gradients stop being finite.
     """
-    run = prepare(resumed(config) if config.resume else config, score, gold, policy, tokenizer)
-    restore(run)
-    yield from ppo(run)
-
-
-def ppo(run):
-    """The loop: from `run`, what `prepare` has made ready, to one dict of metrics per iteration.
-
-    Of the batch, before the update: means of score, gold (both in points), kl (to the reference, in nats per
-    response), entropy (nats per token) and length (tokens); objective = score - beta * std * kl, in points;
-    explained_variance of the returns by the values; distinct, the share of different responses. Of the
-    update: updates, the number of its steps, and means over its minibatches, among them approx_kl (old to
-    new, in nats per token) and grad_norm (before it is cut).
-
-    Every model stays in eval mode, also while it is trained: dropout would move the ratio away from 1.
-    """
-    config, policy, value, optimizer = run.config, run.policy, run.value, run.optimizer
-    for iteration in range(run.iteration + 1, config.iterations + 1):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - (iteration - 1) / config.iterations)
-        clock = [time.perf_counter()]
-
-        # 4. Generate a response to each of B prompts.
-        index = balanced_draw(len(run.prompts), config.batch_size)  # (B,)
-        prompts = [run.prompts[i] for i in index]
-        with run.autocast():
-            input_ids, attention_mask, tokens, mask, responses, ended = respond(
-                policy, run.tokenizer, prompts, config)  # (B, P), (B, P), (B, T), (B, T), B texts, (B,)
-        clock.append(time.perf_counter())
-
-        # 5. Score them. A response that did not end gets a score of its own.
-        raw_scores = run.score(prompts, responses, ended, iteration)  # (B,)
-        scores = raw_scores
-        if not run.ignore_missing_eos:
-            scores = torch.where(ended, raw_scores, config.missing_eos_score)
-        gold_scores = run.gold and run.gold(prompts, responses, ended, iteration)
-        if config.dense_reward:
-            prefix_scores = score_prefixes(
-                run, prompts, input_ids, attention_mask, tokens, mask, scores, iteration)  # (B, T)
-        clock.append(time.perf_counter())
-
-        # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update.
-        with torch.no_grad(), run.autocast():
-            logits, values = response_logits(policy, input_ids, attention_mask, tokens, mask, value)
-            old_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
-            entropy = masked_mean(token_entropy(logits, config.temperature), mask)
-            logits, _ = response_logits(run.reference, input_ids, attention_mask, tokens, mask)
-            ref_logprobs = token_logprobs(logits, tokens, config.temperature)  # (B, T)
-        kl = kl_estimate(old_logprobs, ref_logprobs, config.kl_estimator)  # (B, T)
-        sequence_kl = torch.where(mask, old_logprobs - ref_logprobs, 0.0).sum(dim=1).cpu()  # (B,), nats
-        clock.append(time.perf_counter())
-
-        # 7. Rewards: the whitened score on the last token, or spread over all, less beta * KL.
-        beta = run.beta[index]  # (B,), all alike unless each prompt has its own
-        mean, std = 0.0, 1.0
-        if config.whiten_scores:
-            mean, std = scores.mean(), (scores.var(correction=0) + 1e-8).sqrt()
-        if config.dense_reward:
-            rewards = shape_rewards(torch.zeros_like(scores), kl, mask, beta, config.kl_level)
-            rewards = rewards + dense_scores((prefix_scores - mean) / std, mask)
-        else:
-            rewards = shape_rewards((scores - mean) / std, kl, mask, beta, config.kl_level)  # (B, T)
-
-        # 8. Advantages, whitened over the batch's real tokens.
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)  # (B, T), (B, T)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-
-        # 9. Update: epochs of freshly shuffled minibatches, one optimizer step for each.
-        updates, approx_kls = [], []
-        minibatches = [rows for _ in range(config.ppo_epochs)
-                       for rows in torch.randperm(len(mask)).split(config.minibatch_size)]
-        for rows in minibatches:
-            m, old = mask[rows], old_logprobs[rows]
-            with run.autocast():
-                logits, new_values = response_logits(
-                    policy, input_ids[rows], attention_mask[rows], tokens[rows], m, value)
-            logprobs = token_logprobs(logits, tokens[rows], config.temperature)
-            pg_loss, clip_fraction = policy_loss(logprobs, old, advantages[rows], m, config.clip)
-            v_loss = value_loss(new_values, values[rows], returns[rows], m, config.value_clip)
-            loss = pg_loss + config.value_coef * v_loss
-            if config.entropy_coef:
-                loss = loss - config.entropy_coef * masked_mean(token_entropy(logits, config.temperature), m)
-            ratio = torch.where(m, logprobs.detach() - old, 0.0).exp()
-            if not updates:
-                warn_unless_one(ratio, iteration, run)
-            approx_kl = masked_mean(kl_estimate(old, logprobs.detach(), "k3"), m).item()  # per token
-            approx_kls.append(approx_kl)
-            if updates and approx_kl > config.stop_kl:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm)
-            require_finite(loss.detach() + grad_norm, "the loss or its gradient", iteration, run)
-            optimizer.step()
-            updates.append({"policy_loss": pg_loss.item(), "value_loss": v_loss.item(),
-                            "ratio": masked_mean(ratio, m).item(), "clip_fraction": clip_fraction.item(),
-                            "grad_norm": grad_norm.item()})
-        clock.append(time.perf_counter())
-
-        seconds = [end - start for start, end in zip(clock, clock[1:])]
-        metrics = {
-            "iteration": iteration,
-            "score": raw_scores.mean().item(),
-            **({"gold": gold_scores.mean().item()} if run.gold else {}),
-            "kl": sequence_kl.mean().item(),
-            "objective": raw_scores.mean().item() - (beta * sequence_kl).mean().item() * float(std),
-            "beta": beta.mean().item(),
-            "entropy": entropy.item(),
-            **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
-            "approx_kl": sum(approx_kls) / len(approx_kls),
-            "updates": len(updates),
-            "explained_variance": 1 - ((returns - values)[mask].var(correction=0)
-                                       / (returns[mask].var(correction=0) + 1e-8)).item(),
-            "length": mask.sum(dim=1).float().mean().item(),
-            "eos_fraction": ended.float().mean().item(),
-            "distinct": len(set(responses)) / len(responses),
-            **{f"seconds_{phase}": spent for phase, spent in zip(PHASES, seconds)},
-            "episodes_per_second": len(mask) / sum(seconds),
-        }
-        run.beta = steer_beta(run, index, sequence_kl)  # the price of KL for the next iteration
+    run = prepare(config, score, gold, policy, tokenizer)
+    while run.iteration < run.config.iterations:
+        metrics = update(run, roll_out(run))
         record(run, metrics)
         yield metrics
 
 
-def steer_beta(run, index, sequence_kl):
-    """The betas (N,) of the N prompts after an iteration whose B responses were to the prompts `index` (B,)
-    and came to `sequence_kl` (B,) nats: one for the batch, or each by its own prompt's responses."""
-    target, horizon = run.config.kl_target, run.config.kl_horizon
-    if run.config.beta_control == "fixed":
-        return run.beta
-    if run.config.beta_control == "batch":
-        return update_beta(run.beta, sequence_kl.mean().item(), target, horizon, len(index))
-    n = torch.bincount(index, minlength=len(run.beta))  # (N,) responses to each prompt
-    prompt_kl = torch.bincount(index, sequence_kl.double(), len(run.beta)) / n.clamp(min=1)  # (N,)
-    return update_beta(run.beta, prompt_kl, target, horizon, n)
+@torch.no_grad()
+def roll_out(run, prompts=None):
+    """Steps 4 to 8 on one batch of B prompts (str), drawn unless given -> Rollout, kept as run.rollout."""
+    config, clock = run.config, [run.now()]
+
+    # 4. Generate a response to each of B prompts.
+    prompts = prompts or [run.prompts[i] for i in balanced_draw(len(run.prompts), config.batch_size)]
+    with run.autocast():
+        r = run.rollout = respond(run.policy, run.tokenizer, prompts, config)
+    clock.append(run.now())
+
+    # 5. Score them.
+    r.raw_scores = score_responses(run, run.score, "score")  # (B,)
+    if run.gold:
+        r.gold_scores = score_responses(run, run.gold, "gold")
+    if config.dense_reward:
+        with run.autocast():
+            r.prefix_scores = score_prefixes(run.score, r)  # (B, T)
+    clock.append(run.now())
+
+    # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update.
+    inputs = r.input_ids, r.attention_mask, r.tokens, r.mask
+    with run.autocast():
+        logits, r.values = response_logits(run.policy, *inputs, run.value)  # (B, T, V), (B, T)
+        r.logprobs = token_logprobs(logits, r.tokens, config.temperature)  # (B, T)
+        r.entropy = token_entropy(logits, config.temperature)
+        clock.append(run.now())
+        logits, _ = response_logits(run.reference, *inputs)
+        r.ref_logprobs = token_logprobs(logits, r.tokens, config.temperature)
+    r.kl = kl_estimate(r.logprobs, r.ref_logprobs, config.kl_estimator)
+    clock.append(run.now())
+
+    # 7. Rewards. The finished responses' scores are whitened, the others get a score of their own, and then
+    # comes the price of KL.
+    finished = r.ended | (not r.may_end or config.missing_eos_score == math.inf)  # (B,)
+    if not finished.any():
+        warnings.warn("no response ended, so all scores are equal and nothing can be learned: raise "
+                      "max_new_tokens, or set missing_eos_score to inf", stacklevel=2)
+    elif config.whiten_scores:
+        r.score_mean = r.raw_scores[finished].mean().item()
+        r.score_std = math.sqrt(r.raw_scores[finished].var(correction=0).item() + 1e-8)
+    r.scores = torch.where(finished, (r.raw_scores - r.score_mean) / r.score_std, config.missing_eos_score)
+    dense = torch.zeros_like(r.kl)  # (B, T), of each row's score the part that is not paid at its end
+    if config.dense_reward:
+        dense = dense_scores((r.prefix_scores - r.score_mean) / r.score_std, r.mask)
+    at_end = r.scores - dense.sum(dim=1)  # (B,)
+    r.rewards = shape_rewards(at_end, r.kl, r.mask, run.beta, config.kl_level) + dense  # (B, T)
+
+    # 8. Advantages, whitened over the batch's real tokens.
+    r.advantages, r.returns = gae(r.rewards, r.values, r.mask, config.gamma, config.lam)  # (B, T), (B, T)
+    r.whitened = whiten(r.advantages, r.mask) if config.whiten_advantages else r.advantages
+    steps = "generate", "score", "policy", "reference"
+    r.seconds = {step: end - start for step, start, end in zip(steps, clock, clock[1:])}
+    return r
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 11. The edge: checking input, loading models, checkpoints, tables, pictures, the command line
-# ------------------------------------------------------------------------------------------------------------
+def update(run, rollout):
+    """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each -> the metrics.
 
-CAN_CHANGE = ("save_every", "device", "out", "resume")  # the settings that a resumed run may change
-WRITTEN = ("config.json", "metrics.jsonl", "checkpoint.pt", "reference", "preference", "policy",
-           "value.safetensors", "samples.md", "learning_curves.png")  # what a run leaves in its folder
-MAY_BE_OFF = ("missing_eos_score", "clip", "value_clip", "stop_kl", "max_grad_norm")  # inf
-LIMITS = {  # what a setting must be -> the settings that must be it
-    "at least 1": (lambda x: x >= 1, """preference_epochs iterations batch_size minibatch_size ppo_epochs
-                                        max_new_tokens eval_samples save_every"""),
-    "at least 2": (lambda x: x >= 2, "pairs"),
-    "greater than 0": (lambda x: x > 0, """temperature kl_target kl_horizon clip value_clip stop_kl
-                                           max_grad_norm adam_epsilon"""),
-    "0 or more": (lambda x: x >= 0, """beta value_coef entropy_coef learning_rate preference_learning_rate
-                                       seed"""),
-    "below 2**63": (lambda x: x < 2**63, "seed"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "gamma lam"),
-}
-
-
-def check_config(config):
-    """Return a copy of `config` with its defaults filled in, or raise ValueError in one sentence."""
-    for name, kind in typing.get_type_hints(Config).items():
-        value, choices = getattr(config, name), typing.get_args(kind) or (kind,)
-        if typing.get_origin(kind) is Literal:
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        elif type(value) not in choices and not (type(value) is int and float in choices):
-            raise ValueError(f"{name} must be {' or '.join(one.__name__ for one in choices)}, got {value!r}")
-        elif isinstance(value, float) and not (math.isfinite(value) or (name in MAY_BE_OFF and value > 0)):
-            raise ValueError(f"{name} must be a finite number, got {value}")
-    for need, (holds, names) in LIMITS.items():
-        for name in names.split():
-            if getattr(config, name) is not None and not holds(getattr(config, name)):
-                raise ValueError(f"{name} must be {need}, got {getattr(config, name)}")
-    if config.minibatch_size > config.batch_size:
-        raise ValueError(f"minibatch_size {config.minibatch_size} is larger than batch_size "
-                         f"{config.batch_size}")
-    if config.batch_size == 1 and config.whiten_scores:
-        raise ValueError("batch_size must be at least 2 to whiten scores")
-    if config.beta == 0 and config.beta_control != "fixed":
-        raise ValueError("beta must be greater than 0 if beta_control is to steer it")
-    if config.template.count("{prompt}") != 1 or re.search("[{}]", config.template.replace("{prompt}", "")):
-        raise ValueError(f"template must hold {{prompt}} once and no other brace, got {config.template!r}")
-    held = [name for name in WRITTEN if config.out and os.path.exists(f"{config.out}/{name}")]
-    if held and not same_folder(config.out, config.resume):
-        raise ValueError(f"out: name another folder, for {config.out} already holds " + (
-            f"a run; to go on with it: --resume {config.out}" if "config.json" in held else held[0]))
-    tiny = config.prompts == Config().prompts
-    return dataclasses.replace(
-        config,
-        eval_prompts=config.eval_prompts or ("tiny_models/heldout_prompts.txt" if tiny else None),
-        gold=config.gold or ("tiny_models.world:gold_scores" if tiny else None),
-        kl_horizon=config.kl_horizon or (20.0 if config.beta_control == "prompt" else 500.0),
-    )
-
-
-def fingerprint(prompts):
-    """A number that changes with the prompts."""
-    return zlib.crc32("\n".join(prompts).encode())
-
-
-def same_folder(a, b):
-    """Whether two paths, each of which may be None, name the same folder."""
-    return None not in (a, b) and pathlib.Path(a).resolve() == pathlib.Path(b).resolve()
-
-
-def read_lines(path, name):
-    """The lines of a UTF-8 text file. Raises ValueError that names the file, and a line that is blank."""
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name} {path}: {error.strerror}") from error
-    try:
-        lines = [line.rstrip("\r") for line in data.decode("utf-8-sig").rstrip("\r\n").split("\n")]
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise ValueError(f"{name} {path}, line {line}: not UTF-8 text") from error
-    if lines == [""]:
-        raise ValueError(f"{name} {path} is empty")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise ValueError(f"{name} {path}, line {number} is blank")
-    return lines
-
-
-def read_prompts(path, name="prompts"):
-    """Prompts of a file: one a line, or JSON lines with a "prompt". Raises ValueError that names the file and
-    the line."""
-    lines = read_lines(path, name)
-    if not (str(path).endswith(".jsonl") or lines[0].startswith("{")):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            blank = not prompts[-1].strip().encode()  # half a surrogate pair raises ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            blank = True
-        if blank:
-            raise ValueError(f'{name} {path}, line {number}: not a JSON object with a "prompt" that is text')
-    return prompts
-
-
-def load_tokenizer(path, name):
-    """The tokenizer in a folder or on the hub. Raises ValueError in one sentence."""
-    first = path.split("/")[0]
-    if not os.path.isdir(path) and (os.path.exists(first or "/") or first in (".", "..", "~")):
-        raise ValueError(f"{name}: there is no folder {path}")
-    with trying(f"{name}: cannot load a tokenizer from {path}"):
-        return AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path),
-                                             trust_remote_code=False)
-
-
-def load(kind, path, name, device, dtype=torch.float32):
-    """A model in eval mode and its tokenizer, from a folder or the hub. Raises ValueError.
-
-    Weights come from safetensors only, nothing pickled is read, and no code of the model folder is run.
+    Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
+    response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
+    the policy maximises (points); explained_variance of the returns, which are of this lambda, by the values;
+    distinct, the share of different responses. Means over the minibatches: policy_loss, value_loss, ratio,
+    clip_fraction, approx_kl (old to new, nats per token), grad_norm (before it is cut); updates counts them.
     """
-    tokenizer = load_tokenizer(path, name)
-    index = pathlib.Path(path, "model.safetensors.index.json")
-    with trying(f"{name}: cannot load a model from {path}"):
-        parts = json.loads(index.read_text())["weight_map"].values() if index.exists() else []
-        if not all(part.endswith(".safetensors") for part in parts):  # transformers would read a pickle
-            raise ValueError("its index names files other than safetensors")
-        model, info = kind.from_pretrained(path, local_files_only=os.path.isdir(path), dtype=dtype,
-                                           trust_remote_code=False, use_safetensors=True,
-                                           output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{name}: the weights in {path} lack {min(info['missing_keys'])}")
-    check_fit(model, tokenizer, f"{name} {path}")
-    return model.to(device).eval(), tokenizer
+    config, r, start = run.config, rollout, run.now()
+    (group,) = run.optimizer.param_groups
+    group["lr"] = config.learning_rate * max(0.0, 1 - run.iteration / config.iterations)
+    epochs = [torch.randperm(len(r.mask)).to(run.device) for _ in range(config.ppo_epochs)]
+    means, grad_norms = [], []  # of the minibatches, kept where they are: to read one waits for the device
+    for rows in [rows for epoch in epochs for rows in epoch.split(config.minibatch_size)]:
+        mask, tokens, old_logprobs = r.mask[rows], r.tokens[rows], r.logprobs[rows]
+        with run.autocast():
+            logits, values = response_logits(
+                run.policy, r.input_ids[rows], r.attention_mask[rows], tokens, mask, run.value)
+        logprobs = token_logprobs(logits, tokens, config.temperature)
+        pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, r.whitened[rows], mask, config.clip)
+        v_loss = value_loss(values, r.values[rows], r.returns[rows], mask, config.value_clip)
+        loss = pg_loss + config.value_coef * v_loss
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * masked_mean(token_entropy(logits, config.temperature), mask)
+        ratio = torch.where(mask, logprobs.detach() - old_logprobs, 0.0).exp()
+        approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
+        means.append(torch.stack([pg_loss.detach(), v_loss.detach(), masked_mean(ratio, mask), clip_fraction,
+                                  approx_kl]))
+        if not grad_norms:
+            off_one = (ratio - 1).abs().max()
+        elif approx_kl > config.stop_kl:
+            break
+        run.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        run.require_finite(loss.detach() + grad_norm, "the loss or its gradient")
+        run.optimizer.step()
+        grad_norms.append(grad_norm)
+    if off_one > (1e-4 if config.dtype == "float32" else 0.05):
+        warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 by {off_one:.5f} before the first "
+                      "step: the policy that is updated is not the one that sampled", stacklevel=2)
+
+    batch = {name: x.mean().item() for name, x in r.totals().items()}
+    batch["entropy"] /= batch["length"]
+    errors, returns = (r.returns - r.values)[r.mask], r.returns[r.mask]
+    names = "policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl"
+    used = r.score_mean + r.score_std * r.scores.mean().item()
+    seconds = {**r.seconds, "update": run.now() - start}
+    metrics = {
+        "iteration": run.iteration + 1, **batch, "score_std": r.score_std, "beta": run.beta,
+        "objective": used - r.score_std * run.beta * batch["kl"],
+        **dict(zip(names, torch.stack(means).mean(dim=0).tolist())),
+        "grad_norm": torch.stack(grad_norms).mean().item(), "updates": len(grad_norms),
+        "explained_variance": 1 - (errors.var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
+        "distinct": len(set(r.responses)) / len(r.responses),
+        **{f"seconds_{step}": spent for step, spent in seconds.items()},
+        "episodes_per_second": len(r.responses) / sum(seconds.values()),
+    }
+    if config.beta_control == "batch":
+        run.beta = update_beta(run.beta, batch["kl"], config.kl_target, config.kl_horizon, len(r.responses))
+    run.iteration += 1
+    return metrics
 
 
-@contextlib.contextmanager
-def trying(what):
-    """Turn whatever other people's code raises into a ValueError that says what was tried."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{what}: {first_line(error)}") from error
+def evaluate(run, prompts=None):
+    """Sample `eval_samples` replies to each of N prompts (str; default: the held-out ones), without touching
+    the run's rollout or its random numbers.
+
+    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats per token, length, eos_fraction; list
+    of dicts, one a reply: prompt, response and what `Rollout.totals` gives). Gold is there only if the run
+    has one, fluency if the module of its function has an `is_fluent(response)` too.
+    """
+    prompts, copied, rows = (prompts or run.held_out) * run.config.eval_samples, replace(run), []
+    is_fluent = getattr(sys.modules.get(getattr(run.gold, "__module__", None)), "is_fluent", None)
+    devices = [] if run.device.type == "cpu" else [run.device.index or 0]
+    with torch.random.fork_rng(devices, device_type=run.device.type):
+        torch.manual_seed(run.config.seed)
+        for start in range(0, len(prompts), run.config.batch_size):
+            r = roll_out(copied, prompts[start:start + run.config.batch_size])
+            totals = {name: x.tolist() for name, x in r.totals().items()}
+            if is_fluent:
+                totals["fluency"] = [float(is_fluent(response)) for response in r.responses]
+            rows += [dict(zip(("prompt", "response", *totals), row))
+                     for row in zip(r.prompts, r.responses, *totals.values())]
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in totals}
+    return {**means, "entropy": means["entropy"] / means["length"]}, rows
 
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), repr(error))
+def token_table(run, row=0):
+    """One response of the last rollout, token by token, as text; the columns are explained in `Rollout`."""
+    r, length = run.rollout, int(run.rollout.mask[row].sum())
+    columns = {"log pi": r.logprobs, "log ref": r.ref_logprobs, "KL": r.kl, "reward": r.rewards,
+               "return": r.returns, "value": r.values, "adv.": r.advantages, "white": r.whitened}
+    lines = [f"prompt: {r.prompts[row]!r}"[:80],
+             f"score: {r.raw_scores[row]:.2f}, as used: {r.scores[row]:.2f}",
+             "token       " + "".join(f"{name:>8}" for name in columns)]
+    for t in range(length):
+        token = repr(run.tokenizer.decode([r.tokens[row, t].item()]))[1:-1]
+        numbers = [round(x[row, t].item(), 2) + 0.0 for x in columns.values()]  # -0.0 becomes 0.0
+        lines.append(f"{token[:12]:<12}" + "".join(f" {number:7.2f}" for number in numbers))
+    return "\n".join(lines)
 
 
-def check_fit(model, tokenizer, name):
-    """Raise ValueError if the tokenizer can write an id for which the model has no embedding."""
-    unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
-    used = set(tokenizer.get_vocab().values()) - unused
-    with trying(f"{name}: a {type(model).__name__} cannot be used"):
-        rows, top = model.get_input_embeddings().num_embeddings, max(used)
-    if top >= rows:
-        raise ValueError(f"{name}: the tokenizer does not fit the model: it writes ids up to {top}, the "
-                         f"embedding has {rows} rows")
+# %% Between text and tensors: what sections 1 to 5 have in common
+
+
+def tokenize(tokenizer, texts):
+    """Texts as lists of token ids, with the BOS that a tokenizer adds but not the EOS: the text goes on."""
+    adds_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
+    return [row[:-1] if adds_eos and row[-1] == tokenizer.eos_token_id else row
+            for row in tokenizer(texts).input_ids]
+
+
+def pad(rows, side, model, fill=0):
+    """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths, where the
+    model is. Raises ValueError for a row that is longer than the model's context."""
+    width = max(len(row) for row in rows)
+    if width > context_of(model):
+        raise ValueError(f"a text of {width} tokens is longer than the context of the "
+                         f"{type(model).__name__}, {context_of(model)}")
+
+    ids, mask = (pad_sequence(values, batch_first=True, padding_value=filler, padding_side=side)
+                 for values, filler in (([torch.tensor(row) for row in rows], fill),
+                                        ([torch.ones(len(row), dtype=torch.long) for row in rows], 0)))
+    return ids.to(model.device), mask.to(model.device)
 
 
 def context_of(model):
@@ -1017,465 +982,391 @@ def context_of(model):
     return limit if limit > 0 else math.inf
 
 
-def require_room(model, ids, name):
-    """Raise ValueError if ids (N, L) are longer than the model's context."""
-    if ids.shape[1] > context_of(model):
-        raise ValueError(f"{name}: a text of {ids.shape[1]} tokens is longer than the model's context, "
-                         f"{context_of(model)}")
+def chunks_of_like_length(rows, size=256):
+    """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[i:i + size] for i in range(0, len(order), size)]
 
 
-def load_preference(config, device):
-    """The preference model that config.preference names. Raises ValueError if it has more than one output."""
-    model, tokenizer = load(AutoModelForSequenceClassification, config.preference, "preference", device)
-    if model.config.num_labels != 1:
-        raise ValueError(f"preference: {config.preference} has {model.config.num_labels} outputs, "
-                         "needs exactly one")
-    return PreferenceModel(model, tokenizer, config.template)
+def balanced_draw(n, k):
+    """k indices below n in random order, each as often as any other up to one -> (k,)."""
+    return torch.cat([torch.randperm(n) for _ in range(-(-k // n))])[:k]
 
 
-def load_judge(config, run):
-    """The judge that config.judge names, its tokenizer and the constitution. Raises ValueError if it cannot
-    be asked."""
-    model, tokenizer = load(AutoModelForCausalLM, config.judge, "judge", run.device)
-    principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
-    question = JUDGE_QUESTION.format(
-        principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
-    with trying("judge: cannot be asked"):
-        finite = ask_judge(model, tokenizer, [question]).isfinite()
-        same = same_when_padded(model, tokenize(tokenizer, [question])[0])
-    if not finite or not same:
-        raise ValueError(f"judge: {'padding moves its logits' if finite else 'its answer is not finite'}")
-    return model, tokenizer, principles
+# %% 11. The edge: checking input, loading models, checkpoints, tables, pictures, the command line
+
+CAN_CHANGE = ("save_every", "device")  # the settings that a resumed run may change
+RANGES = {  # lowest and highest value -> the settings that must lie between; an infinite one is switched off
+    (1, 2**31): """preference_epochs iterations minibatch_size ppo_epochs max_new_tokens
+                   eval_samples save_every""",
+    (2, 2**31): "pairs batch_size",
+    (0, 2**63 - 1): "seed",
+    (0, 1): "gamma lam",
+    (0, 1e9): "beta value_coef entropy_coef learning_rate preference_learning_rate",
+    (0.01, 1e9): "temperature kl_target kl_horizon",
+    (1e-12, 1e9): "adam_epsilon",
+    (1e-9, math.inf): "clip value_clip stop_kl max_grad_norm",
+    (-1e9, math.inf): "missing_eos_score",
+}
 
 
-def load_function(path, name):
-    """The function that "module:function" names. Raises ValueError if it cannot be imported."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        with trying(f"{name}: cannot import {path!r} as module:function"):
-            module, function = path.split(":")
-            found = getattr(importlib.import_module(module), function)
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ValueError(f"{name}: {path!r} is not a function")
-    return found
+def check_config(config):
+    """Return a copy of `config` with its defaults filled in, or raise ValueError in one sentence."""
+    for name, kind in get_type_hints(Config).items():
+        value, choices = getattr(config, name), get_args(kind) or (kind,)
+        fits = value in choices if get_origin(kind) is Literal else (
+            type(value) in choices or (type(value) is int and float in choices))
+        if not fits or value == "":
+            names = [choice if isinstance(choice, str) else choice.__name__ for choice in choices]
+            raise ValueError(f"{name} must be {' or '.join(names)}, got {value!r}")
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            if not low <= getattr(config, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(config, name)}")
+    if config.beta_control == "batch" and not (config.beta > 0 and config.batch_size < 5 * config.kl_horizon):
+        raise ValueError("beta_control can steer only a beta above 0, with kl_horizon above batch_size / 5")
+    if [config.template.count(brace) for brace in ("{prompt}", "{", "}")] != [1, 1, 1]:
+        raise ValueError(f"template must hold {{prompt}} once and no other brace, got {config.template!r}")
+    out = config.out and pathlib.Path(config.out)
+    if out and not config.resume and (not out.name or out.is_file() or any(out.glob("*"))):
+        raise ValueError(f"out: {out} is no new folder; to go on with a run: Config(resume={str(out)!r})")
+    tiny = config.prompts == Config().prompts
+    return replace(
+        config, eval_prompts=config.eval_prompts or (str(TINY / "heldout_prompts.txt") if tiny else None),
+        gold=config.gold or ("tiny_models.world:gold_scores" if tiny else None))
 
 
-def pick_device(name):
-    """The torch device of that name; "auto" is the first of cuda, mps and cpu that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with trying(f"device: {name!r} cannot be used"):
-        there = torch.zeros(1, device=name)
-        there.cpu()  # "meta" is a device from which nothing comes back
-        return there.device
-
-
-def warn_unless_one(ratio, iteration, run):
-    """Warn, loudly, if the ratio (B, T) is not 1 before an iteration's first step."""
-    worst = (ratio - 1).abs().max()
-    if worst > (1e-4 if run.config.dtype == "float32" else 0.05):
-        warnings.warn(f"iteration {iteration}: the ratio is off 1 by {worst:.5f} before the first step: the "
-                      "policy that is updated is not the one that sampled", stacklevel=3)
-
-
-def require_finite(x, what, iteration, run):
-    """Raise FloatingPointError, naming iteration and last good checkpoint, if x is not finite."""
-    if not torch.isfinite(x).all():
-        kept = f"the checkpoint in {run.out} is good" if run.saved else "there is no checkpoint yet"
-        raise FloatingPointError(f"iteration {iteration}: {what} is not finite; {kept}")
-
-
-def scorer(function, name, run):
-    """Wrap a callable from (prompts, responses) to floats: -> (B,) float32 on the run's device, checked."""
-    def call(prompts, responses, ended, iteration):
-        if isinstance(function, PreferenceModel):
-            with run.autocast():
-                given = function(prompts, responses, ended)
-        else:
-            given = function(list(prompts), list(responses))
-        try:
-            scores = torch.as_tensor(given, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):  # no numbers at all
-            scores = torch.empty(0)
-        if scores.shape != (len(prompts),):
-            raise ValueError(f"iteration {iteration}: {name} must give one number for each of {len(prompts)} "
-                             f"responses, gave shape {tuple(scores.shape)}")
-        require_finite(scores, f"a number that {name} gave", iteration, run)
-        return scores.to(run.device)
-    return call
-
-
-def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
-    """Check and load everything, then, with `out`, begin the run's folder -> what the loop needs:
-
-    config, device, autocast, out (a path or None); policy, reference, tokenizer, value (ValueFunction);
-    prompts (N str), held (the held-out ones); score, gold (or None), called with (prompts, responses, ended,
-    iteration), and fluent (or None); ignore_missing_eos; beta (N,), float64 on the CPU; parameters and
-    optimizer; iteration, the last one done, and saved, whether there is a checkpoint. Raises ValueError,
-    before anything is written, for a setting or a file that cannot be used.
-    """
-    config = check_config(config)
-    run = types.SimpleNamespace(config=config, device=pick_device(config.device), iteration=0, saved=False,
-                                out=pathlib.Path(config.out) if config.out else None)
-    half = config.dtype == "bfloat16"
-    run.autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, half)  # one entered twice stays on
-    passed = policy is not None
-    if passed:
-        policy, tokenizer = policy.to(run.device).eval(), tokenizer or load_tokenizer(config.policy, "policy")
-        check_fit(policy, tokenizer, "policy")
-    else:
-        policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", run.device)
-    run.policy, run.tokenizer = policy, tokenizer
-    run.prompts, run.held = load_prompts(config, policy, tokenizer)
-    try_out(run)
-    run.ignore_missing_eos = math.isinf(config.missing_eos_score) or not eos_ids(policy, tokenizer)
-
-    def kept(name):  # a folder that an earlier part of this run has left
-        path = f"{config.resume}/{name}"
-        return path if config.resume and os.path.isdir(path) else None
-    if reference := config.reference or kept("reference"):
-        run.reference = load(AutoModelForCausalLM, reference, "reference", run.device, policy.dtype)[0]
-        if passed and kept("reference"):  # a policy passed again may have been trained since
-            policy.load_state_dict(run.reference.state_dict())
-    else:
-        run.reference = copy.deepcopy(policy).eval()
-    of_reference, of_policy = (model.config.get_text_config() for model in (run.reference, policy))
-    if of_reference.vocab_size != of_policy.vocab_size:
-        raise ValueError("reference: its vocabulary is not the policy's")
-    if context_of(run.reference) < context_of(policy):
-        raise ValueError("reference: its context is shorter than the policy's")
-    run.reference.requires_grad_(False)
-
-    judge = None
-    if score is None and config.judge and not kept("preference"):
-        judge = load_judge(config, run)
-        with trying(f"judge: no preference model can start from a {type(policy).__name__}"):
-            new_preference_model(policy, tokenizer, config.template)
-    elif score is None:
-        ready = kept("preference") if config.judge else config.preference
-        score = load_preference(dataclasses.replace(config, preference=ready), run.device)
-    if config.value == "preference" and not judge and not (
-            isinstance(score, PreferenceModel) and hasattr(score.model, "score")
-            and score.tokenizer.get_vocab() == tokenizer.get_vocab()):
-        raise ValueError("value: 'preference' needs a preference model that reads from left to right, with "
-                         "the policy's own tokenizer")
-    gold = gold or (config.gold and load_function(config.gold, "gold"))
-    run.gold = scorer(gold, "gold", run) if gold else None
-    run.fluent = getattr(sys.modules.get(getattr(gold, "__module__", None)), "is_fluent", None)
-    run.beta = torch.full((len(run.prompts),), float(config.beta), dtype=torch.float64)
-    if config.beta_control != "fixed":  # raises ValueError now if an update could turn beta negative later
-        n = config.batch_size if config.beta_control == "batch" else -(-config.batch_size // len(run.prompts))
-        update_beta(config.beta, 0.0, config.kl_target, config.kl_horizon, n)
-
-    if run.out:
-        run.out.mkdir(parents=True, exist_ok=True)
-        if config.resume and not same_folder(run.out, config.resume):
-            for name in filter(kept, ("reference", "preference")):
-                shutil.copytree(kept(name), run.out / name)
-            for name in ("checkpoint.pt", "metrics.jsonl"):
-                if os.path.exists(f"{config.resume}/{name}"):
-                    shutil.copy(f"{config.resume}/{name}", run.out / name)
-        write(run.out / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-        if passed and not config.resume and not config.reference:  # nothing else tells how it started
-            save_model(run.reference, tokenizer, run.out / "reference")
-    if judge:
-        torch.manual_seed(config.seed)
-        with run.autocast():
-            score, report = preference_from_judge(config, policy, tokenizer, *judge, run.prompts)
-        tqdm.write(f"preference model: on held-out pairs it agrees with the judge, where that is sure, in "
-                   f"{report['accuracy']:.1%}; loss {report['loss']:.3f}, in training "
-                   f"{report['train_loss']:.3f}, entropy of the labels {report['floor']:.3f}")
-        if run.out:
-            save_model(score.model, score.tokenizer, run.out / "preference")
-
-    torch.manual_seed(config.seed)
-    trunk = {"shared": None, "separate": policy, "preference": getattr(score, "model", None)}[config.value]
-    trunk = trunk and copy.deepcopy(trunk.base_model)
-    run.value = ValueFunction((trunk or policy).config.get_text_config().hidden_size, trunk,
-                              config.value_head)
-    run.value.to(run.device, policy.dtype).eval().requires_grad_(True)
-    run.score = scorer(score, "score", run)
-    run.parameters = [p for p in [*policy.parameters(), *run.value.parameters()] if p.requires_grad]
-    run.optimizer = torch.optim.Adam(run.parameters, lr=config.learning_rate, eps=config.adam_epsilon,
-                                     fused=True)
-    return run
-
-
-@torch.no_grad()
-def try_out(run):
-    """Raise ValueError if the policy's architecture cannot do what the loop asks of it."""
-    policy, config = run.policy, dataclasses.replace(run.config, max_new_tokens=2, temperature=0.0)
-    trunk = policy.base_model if config.value == "separate" else None
-    with trying(f"policy: a {type(policy).__name__} cannot be used"):
-        value = ValueFunction(policy.config.get_text_config().hidden_size, trunk)
-        *inputs, _, _ = respond(policy, run.tokenizer, run.prompts[:2], config)
-        logits, values = response_logits(policy, *inputs, value.to(policy.device, policy.dtype))
-        finite = (values + token_logprobs(logits, inputs[2])).isfinite().all()
-        same = same_when_padded(policy, tokenize(run.tokenizer, run.prompts[:1])[0])
-    if not finite or not same:
-        raise ValueError(f"policy: {'padding moves its logits' if finite else 'its weights are not finite'}")
-
-
-@torch.no_grad()
-def same_when_padded(model, row):
-    """Whether the logits after the first half of a row of token ids stay what they are beside the whole."""
-    half = row[:-(len(row) // 2)] or row
-    ids, mask = pad([half, row], "left", model.device)
-    alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):]).logits[0, -1]
-    beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[0, -1]
-    return (alone - beside).abs().max() < (0.01 if model.dtype == torch.float32 else 0.5)
-
-
-def load_prompts(config, policy, tokenizer):
-    """The prompts to train on and the held-out ones: without eval_prompts every tenth is held out; of fewer
-    than ten none is, and those of training stand in.
-
-    Raises ValueError if a prompt cannot be written by the tokenizer or leaves no room in the context for a
-    response.
-    """
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
-    read = {}
-    for name in ("prompts", "eval_prompts"):
-        if path := getattr(config, name):
-            read[name] = read_prompts(path, name)
-            texts = [config.template.format(prompt=prompt) for prompt in read[name]]
-            for number, ids in enumerate(tokenize(tokenizer, texts), start=1):
-                if not ids or unknown & set(ids):
-                    raise ValueError(f"{name} {path}, line {number}: the policy's tokenizer cannot write it")
-                if len(ids) + config.max_new_tokens > context_of(policy):
-                    raise ValueError(f"{name} {path}, line {number}: {len(ids)} tokens of prompt and "
-                                     f"{config.max_new_tokens} of response are longer than the policy's "
-                                     f"context, {context_of(policy)}")
-    prompts = read["prompts"]
-    if "eval_prompts" in read:
-        return prompts, read["eval_prompts"]
-    return [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], prompts[9::10] or prompts
-
-
-def save_model(model, tokenizer, folder):
-    """Write an ordinary Hugging Face folder: beside its place, then renamed, so it is whole or absent."""
-    beside = folder.with_name(folder.name + ".new")
-    with writing(folder):
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(beside, folder)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn what torch and safetensors raise on a full disk into an OSError that names the path."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from error
-
-
-def write(path, content):
-    """Write a file beside its place and rename it, so that a crash leaves the old one: text, or an object for
-    torch.save."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with writing(path):
-            if isinstance(content, str):
-                beside.write_text(content, encoding="utf-8")
-            else:
-                torch.save(content, beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def record(run, metrics):
-    """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
-    checkpoint; at the end, the policy too."""
-    run.iteration = metrics["iteration"]
-    if not run.out:
-        return
-    with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if run.iteration % run.config.save_every == 0 or run.iteration == run.config.iterations:
-        on_cpu = run.device.type == "cpu"
-        write(run.out / "checkpoint.pt", {
-            "iteration": run.iteration, "policy": run.policy.state_dict(), "value": run.value.state_dict(),
-            "optimizer": run.optimizer.state_dict(), "beta": run.beta,
-            "prompts": fingerprint(run.prompts), "rng": torch.get_rng_state(),
-            "device_rng": None if on_cpu else torch.get_device_module(run.device).get_rng_state(),
-        })
-        run.saved = True
-    if run.iteration == run.config.iterations:
-        export(run)
-
-
-def export(run):
-    """Write the trained policy as an ordinary Hugging Face folder, and the value function beside it."""
-    save_model(run.policy, run.tokenizer, run.out / "policy")
-    with writing(run.out / "value.safetensors"):
-        save_file(run.value.state_dict(), run.out / "value.safetensors")
-
-
-def resumed(config, given=None):
-    """The settings of the run in config.resume. Raises ValueError if it holds none, or if other settings are
-    `given`, a dict of fields (default: those of `config` that are not at their defaults)."""
-    path = pathlib.Path(config.resume) / "config.json"
-    try:
-        saved = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"resume: {path} is not the config of a run: {error}") from error
-    if given is None:
-        given = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
+def resumed(folder, given):
+    """The settings of the run in `folder`, and the names of the arguments that its caller passed. Raises
+    ValueError if it holds no run, or if `given`, a dict of fields, asks for other settings."""
+    path = pathlib.Path(folder) / "config.json"
+    with trying(f"resume: {path} is not the config of a run"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        passed = settings.pop("passed")
+        saved = Config(**{**settings, "out": folder, "resume": folder})
     changed = [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in given.items()
                if name not in CAN_CHANGE and value != getattr(saved, name)]
     if changed:
         raise ValueError(f"resume: these settings changed and may not: {', '.join(changed)}")
     kept = {name: value for name, value in given.items() if name in CAN_CHANGE}
-    return dataclasses.replace(saved, **{"out": config.resume, **kept})
+    return replace(saved, **kept), passed
 
 
-def restore(run):
-    """Put a resumed run back where its checkpoint was written, or at its start if there is none yet, and drop
-    the lines of metrics.jsonl that came after it. Raises ValueError if the checkpoint cannot be read."""
-    if not run.config.resume:
-        return
-    source, lines = pathlib.Path(run.config.resume), []
-    checkpoint = source / "checkpoint.pt"
-    if checkpoint.exists():
-        with trying(f"resume: cannot read {checkpoint}"):
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            run.policy.load_state_dict(state["policy"])
-            run.value.load_state_dict(state["value"])
-            run.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            if state["device_rng"] is not None and run.device.type != "cpu":
-                torch.get_device_module(run.device).set_rng_state(state["device_rng"])
-            run.iteration, run.beta = state["iteration"], state["beta"]
-            same = state["prompts"] == fingerprint(run.prompts)
-        if not same:
-            raise ValueError(f"resume: {run.config.prompts} is not what it was")
-        run.saved = True
-        lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    write(run.out / "metrics.jsonl", "".join(lines[:run.iteration]))
-    if run.iteration == run.config.iterations:
-        export(run)
+def read_lines(path, name):
+    """The lines of a UTF-8 text file, or the "prompt" of each line of JSON. Raises ValueError that names the
+    file and the line."""
+    with trying(f"{name} {path}"):
+        lines = pathlib.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\n")
+    is_json = str(path).endswith(".jsonl") or lines[0].startswith(b"{")
+    kind = 'a JSON object with a "prompt"' if is_json else "a line of UTF-8 text"
+    for i, line in enumerate(lines):
+        with trying(f"{name} {path}, line {i + 1}, is not {kind}"):
+            text = line.decode("utf-8").rstrip("\r")
+            lines[i] = json.loads(text)["prompt"] if is_json else text
+            if not lines[i].strip().encode():  # half a surrogate pair raises ValueError
+                raise ValueError("it is blank")
+    return lines
+
+
+def load_prompts(config, policy, tokenizer):
+    """The prompts to train on and the held-out ones: without eval_prompts every tenth is held out; of fewer
+    than ten none is, and those of training stand in. Raises ValueError for a prompt that the tokenizer cannot
+    write or that leaves no room in the context for a response."""
+    unknown, read = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}, {}
+    for name in ("prompts", "eval_prompts"):
+        path = getattr(config, name)
+        read[name] = read_lines(path, name) if path else []
+        for number, prompt in enumerate(read[name], start=1):
+            (own_ids, ids) = tokenize(tokenizer, [prompt, config.template.format(prompt=prompt)])
+            with trying(f"{name} {path}, line {number}"):
+                if not own_ids or unknown & set(own_ids):
+                    raise ValueError("the policy's tokenizer cannot write it")
+                if len(ids) + config.max_new_tokens > context_of(policy):
+                    raise ValueError(f"{len(ids)} tokens of prompt and {config.max_new_tokens} of response "
+                                     f"are longer than the policy's context, {context_of(policy)}")
+    prompts, held_out = read.values()
+    if held_out:
+        return prompts, held_out
+    return [prompt for i, prompt in enumerate(prompts) if i % 10 != 9], prompts[9::10] or prompts
+
+
+@contextlib.contextmanager
+def trying(what):
+    """Turn whatever other people's code raises into a ValueError that says what was tried, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
+
+
+def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=None):
+    """A model in eval mode and its tokenizer, from a folder or the hub, unless they are given. Raises
+    ValueError. Weights come from safetensors only, and no code of the model folder is run."""
+    is_folder = os.path.isdir(path)
+    source = {"local_files_only": is_folder, "trust_remote_code": False}
+    looks_local = os.path.isabs(path) or path[0] in ".~" or os.path.exists(path.split("/")[0])
+    if None in (model, tokenizer) and looks_local and not is_folder:
+        raise ValueError(f"{name}: there is no folder {path}")
+    if model is None:
+        with trying(f"{name}: cannot load a model from {path}"):
+            model, info = kind.from_pretrained(path, **source, dtype=dtype, use_safetensors=True,
+                                               output_loading_info=True, ignore_mismatched_sizes=True)
+            if wrong := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
+                raise ValueError(f"its weights do not fill {min(wrong)}")
+    if tokenizer is None:
+        with trying(f"{name}: cannot load a tokenizer from {path}"):
+            tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
+    with trying(f"{name}: this {type(model).__name__} cannot be used"):
+        rows = model.get_input_embeddings().num_embeddings
+        top = max(set(tokenizer.get_vocab().values()) - unused)
+        if len(tokenizer.get_vocab()) < 2:
+            raise ValueError(f"there is no tokenizer in {path}")
+        if top >= rows:
+            raise ValueError(f"its tokenizer writes ids up to {top}, its embedding has {rows} rows")
+        if model.config.is_encoder_decoder:
+            raise ValueError("it has an encoder and a decoder")
+        if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
+            raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
+    return model.to(device).eval(), tokenizer
+
+
+def prepare(config, score=None, gold=None, policy=None, tokenizer=None, restored=True):
+    """Check and load everything; with `out`, begin the run's folder, or go on with that of `resume` -> Run.
+
+    The arguments are those of `train`. With restored=False a resumed run is given as it was before its first
+    iteration, for `restore` to put where it was. Raises ValueError, before anything is written, for a setting
+    or a file that cannot be used.
+    """
+    arguments = {"score": score, "gold": gold, "policy": policy, "tokenizer": tokenizer}
+    passed = [name for name, argument in arguments.items() if argument is not None]
+    if config.resume:
+        given = vars(config)
+        if config.out != config.resume:  # not from `parse`: what is at its default was not given
+            given = {name: value for name, value in given.items() if value != getattr(Config(), name)}
+        config, needed = resumed(config.resume, given)
+        if missing := [name for name in needed if name not in passed]:
+            raise ValueError(f"resume: this run was given its {', '.join(missing)} by its caller, in Python: "
+                             "pass the same again, train(Config(resume=...), score=..., policy=...)")
+    config = check_config(config)
+    with trying(f"device: {config.device!r} cannot be used"):
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.zeros(1, device=found if config.device == "auto" else config.device).device
+    policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", device, model=policy,
+                             tokenizer=tokenizer)
+    prompts, held_out = load_prompts(config, policy, tokenizer)
+
+    reference = copy.deepcopy(policy)
+    if path := config.reference or (config.resume and "policy" in passed and f"{config.resume}/reference"):
+        reference, _ = load(AutoModelForCausalLM, path, "reference", device, policy.dtype)
+    reference.eval().requires_grad_(False)
+    vocabularies = {model.config.get_text_config().vocab_size for model in (reference, policy)}
+    if len(vocabularies) > 1 or context_of(reference) < context_of(policy):
+        raise ValueError("reference: its vocabulary or its context is not the policy's")
+
+    judge = None
+    if score is None and config.judge and not config.resume:
+        principles = read_lines(config.constitution, "constitution") if config.constitution else CONSTITUTION
+        judge = *load(AutoModelForCausalLM, config.judge, "judge", device), principles
+    elif score is None:
+        path = f"{config.resume}/preference" if config.judge else config.preference
+        score = PreferenceModel(*load(AutoModelForSequenceClassification, path, "preference", device),
+                                config.template)
+    if (config.value == "preference" or config.dense_reward) and not judge and not (
+            isinstance(score, PreferenceModel) and hasattr(score.model, "score")
+            and score.tokenizer.get_vocab() == tokenizer.get_vocab()):
+        raise ValueError("value 'preference' and dense_reward need a preference model that reads from left "
+                         "to right, with the policy's own tokenizer")
+    if gold is None and config.gold:
+        sys.path += [folder for folder in (str(HERE), os.getcwd()) if folder not in sys.path]
+        with trying(f"gold: cannot import {config.gold!r} as module:function"):
+            gold = pkgutil.resolve_name(config.gold)
+            if not callable(gold):
+                raise ValueError("it is not a function")
+    run = Run(config, device, policy, reference, tokenizer, prompts, held_out, score, gold, passed,
+              config.beta)
+    try_out(run, judge)
+    begin(run, judge)
+    if config.resume and restored:
+        restore(run)
+    return run
 
 
 @torch.no_grad()
-def evaluate(run, prompts=None):
-    """Sample `eval_samples` replies to each of N prompts (default: the held-out ones), without touching the
-    run's random numbers.
-
-    -> (dict of means: score, gold, fluency, kl in nats, entropy in nats per token, length, eos_fraction; list
-    of rows, one a reply: prompt, response, score, gold, kl). Gold is there only if the run has one, fluency
-    if the module of its function has an `is_fluent(response)` too.
-    """
-    prompts = (prompts or run.held) * run.config.eval_samples
-    devices = [] if run.device.type == "cpu" else [run.device.index or 0]
-    sums, rows = {}, []
-    with torch.random.fork_rng(devices, device_type=run.device.type), run.autocast():
-        torch.manual_seed(run.config.seed)
-        for start in range(0, len(prompts), 256):
-            batch = prompts[start:start + 256]
-            *inputs, responses, ended = respond(run.policy, run.tokenizer, batch, run.config)
-            tokens, mask = inputs[2:]
-            logits, ref_logits = (response_logits(model, *inputs)[0] for model in (run.policy, run.reference))
-            logprobs, ref_logprobs = (token_logprobs(each, tokens, run.config.temperature)
-                                      for each in (logits, ref_logits))
-            found = {"score": run.score(batch, responses, ended, run.iteration)}
-            if run.gold:
-                found["gold"] = run.gold(batch, responses, ended, run.iteration)
-            if run.fluent:
-                found["fluency"] = torch.tensor([float(run.fluent(response)) for response in responses])
-            found["kl"] = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(dim=1)
-            entropy = token_entropy(logits, run.config.temperature)
-            found["entropy"] = torch.where(mask, entropy, 0.0).sum(dim=1)
-            found["length"], found["eos_fraction"] = mask.sum(dim=1), ended.float()
-            sums = {name: sums.get(name, 0.0) + x.sum().item() for name, x in found.items()}
-            columns = [found[name].tolist() if name in found else [None] * len(batch)
-                       for name in ("score", "gold", "kl")]
-            rows += zip(batch, responses, *columns)
-    means = {name: total / len(prompts) for name, total in sums.items()}
-    return {**means, "entropy": sums["entropy"] / sums["length"]}, rows
+def try_out(run, judge):
+    """Raise ValueError if policy, preference model or judge cannot do what the loop asks of them."""
+    policy, config = run.policy, replace(run.config, max_new_tokens=2, temperature=0.0)
+    with trying(f"policy: this {type(policy).__name__} cannot be used"):
+        r = respond(policy, run.tokenizer, run.prompts[:2], config)
+        value = ValueFunction(policy.config.get_text_config().hidden_size).to(policy.device, policy.dtype)
+        response_logits(policy, r.input_ids, r.attention_mask, r.tokens, r.mask, value)
+        require_steady(policy, tokenize(run.tokenizer, run.prompts[:1])[0])
+    if isinstance(run.score, PreferenceModel):
+        with trying(f"preference: this {type(run.score.model).__name__} cannot be used"):
+            run.score(run.prompts[:2], ["", ""], [True, False])
+    if judge:
+        model, tokenizer, principles = judge
+        question = JUDGE_QUESTION.format(
+            principle=max(principles, key=len), prompt=max(run.prompts, key=len), a="", b="")
+        with trying(f"judge: {config.judge} cannot be asked"):
+            ask_judge(model, tokenizer, [question])
+            require_steady(model, tokenize(tokenizer, [question])[0])
 
 
-def samples_table(before, after):
-    """A Markdown table with the first reply to each held-out prompt before and after training, and their
-    scores."""
-    def text(words):
-        return " ".join(words.split()).replace("|", "\\|")
+@torch.no_grad()
+def require_steady(model, row):
+    """Raise ValueError unless the logits after the first half of a row of token ids are finite, and the same
+    with padding before it and with the second half after it."""
+    half = row[:-(len(row) // 2)] or row
+    ids, mask = pad([half, row], "left", model)
+    alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):]).logits[0, -1]
+    beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
+    if not alone.isfinite().all():
+        raise ValueError("its logits are not finite")
+    for other in (beside[0, -1], beside[1, len(half) - 1]):
+        if not (alone - other).abs().max() < (0.01 if model.dtype == torch.float32 else 0.5):
+            raise ValueError("its logits move with padding, or with what comes later")
 
-    def cells(row):
-        return f"{text(row[1])} | {row[2]:.2f} | {'' if row[3] is None else f'{row[3]:g}'}"
-    lines = ["| prompt | before | score | gold | after | score | gold |", "|---|---|---|---|---|---|---|"]
-    return "\n".join(lines + [f"| {text(a[0])} | {cells(a)} | {cells(b)} |" for a, b in zip(before, after)])
+
+def begin(run, judge):
+    """Fit a preference model where there is a judge, with its tokenizer and constitution; make the value
+    function and the optimizer; write the folder of a new run, which is there, whole, or not at all."""
+    config, out = run.config, run.config.out
+    with replacing(out) if out and not config.resume else contextlib.nullcontext() as folder:
+        if folder:
+            folder.mkdir(parents=True)
+        if judge:
+            torch.manual_seed(config.seed)
+            with run.autocast():
+                run.score, report = preference_from_judge(config, run.policy, run.tokenizer, *judge,
+                                                          run.prompts)
+            tqdm.write(f"preference model: loss {report['loss']:.3f}, in training "
+                       f"{report['train_loss']:.3f}, entropy of the labels {report['entropy']:.3f};\n"
+                       f"on held-out pairs where the judge is sure, it agrees in {report['accuracy']:.1%}")
+            if folder:
+                save_model(run.score.model, run.score.tokenizer, folder / "preference", "right")
+        torch.manual_seed(config.seed)
+        trunk = {"shared": None, "separate": run.policy, "preference": getattr(run.score, "model", None)}
+        trunk = trunk[config.value] and copy.deepcopy(trunk[config.value].base_model)
+        hidden_size = (trunk or run.policy).config.get_text_config().hidden_size
+        run.value = ValueFunction(hidden_size, trunk, config.value_head)
+        run.value.to(run.device, run.policy.dtype).eval().requires_grad_(True)
+        parameters = [p for p in [*run.policy.parameters(), *run.value.parameters()] if p.requires_grad]
+        run.optimizer = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
+        if folder:
+            if "policy" in run.passed and not config.reference:  # nothing else tells how it started
+                save_model(run.reference, run.tokenizer, folder / "reference")
+            save_checkpoint(run, folder)
+            settings = {**asdict(config), "passed": run.passed}
+            (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def draw_history(history, path=None):
+@contextlib.contextmanager
+def replacing(path):
+    """Where to write a new file or folder: it takes the place of `path` in one step, when it is whole."""
+    path = pathlib.Path(path)
+    new = path.with_name(path.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)  # left behind by a crash
+    try:
+        yield new
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+
+
+def save_model(model, tokenizer, folder, padding_side="left"):
+    """Write an ordinary Hugging Face folder; its tokenizer pads on the side that the model needs."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def save_checkpoint(run, folder):
+    """Write all that the rest of the run depends on and that its settings do not tell."""
+    rng = None if run.device.type == "cpu" else torch.get_device_module(run.device).get_rng_state()
+    with replacing(pathlib.Path(folder) / "checkpoint.pt") as new:
+        torch.save({"iteration": run.iteration, "beta": run.beta, "policy": run.policy.state_dict(),
+                    "value": run.value.state_dict(), "optimizer": run.optimizer.state_dict(),
+                    "rng": torch.get_rng_state(), "device_rng": rng}, new)
+
+
+def record(run, metrics):
+    """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
+    checkpoint; at the end, the policy too."""
+    config = run.config
+    if not config.out:
+        return
+    with open(f"{config.out}/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+    last = run.iteration == config.iterations
+    if last or run.iteration % config.save_every == 0:
+        save_checkpoint(run, config.out)
+    if last:
+        save_model(run.policy, run.tokenizer, pathlib.Path(config.out) / "policy")
+
+
+def restore(run):
+    """Put a resumed run back where its checkpoint was written, and drop the lines of metrics.jsonl that came
+    after it. Raises ValueError if the checkpoint cannot be read."""
+    folder = pathlib.Path(run.config.resume)
+    with trying(f"resume: cannot read {folder / 'checkpoint.pt'}"):
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        for name in ("policy", "value", "optimizer"):
+            getattr(run, name).load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        if state["device_rng"] is not None and run.device.type != "cpu":
+            torch.get_device_module(run.device).set_rng_state(state["device_rng"])
+        run.iteration, run.beta = state["iteration"], state["beta"]
+    if (folder / "metrics.jsonl").exists():
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        with replacing(folder / "metrics.jsonl") as new:
+            new.write_text("".join(lines[:run.iteration]), encoding="utf-8")
+    if run.iteration == run.config.iterations:
+        save_model(run.policy, run.tokenizer, folder / "policy")
+
+
+def draw_history(history):
     """Draw learning curves from a list of metrics: score and gold over iterations and over the root of the
-    KL; KL; entropy and beta. Returns the matplotlib figure, saved to `path` if there is one. Raises
-    ImportError without matplotlib."""
+    KL; KL; entropy and beta -> a matplotlib figure. Raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("the learning curves need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 7), layout="constrained")
-    steps, root_kl = [m["iteration"] for m in history], [math.sqrt(max(m["kl"], 0)) for m in history]
-    panels = [("iteration", steps, ("score", "gold")),
-              ("square root of the KL to the reference", root_kl, ("score", "gold")),
-              ("iteration", steps, ("kl",)),
-              ("iteration", steps, ("entropy", "beta"))]
-    looks = {"score": ("proxy: the preference model's score", "tab:blue"),
-             "gold": ("gold: the truth", "tab:orange"), "beta": ("beta", "tab:purple"),
-             "kl": ("KL to the reference, nats per response", "tab:green"),
-             "entropy": ("entropy, nats per token", "tab:red")}
-    for axis, (label, x, names) in zip(figure.subplots(2, 2).flat, panels):
+    panels = [("iteration", "score", "gold"), ("square root of the KL to the reference", "score", "gold"),
+              ("iteration", "kl"), ("iteration", "entropy", "beta")]
+    for axis, (label, *names) in zip(figure.subplots(2, 2).flat, panels):
+        x = [m["iteration"] if label == "iteration" else math.sqrt(max(m["kl"], 0)) for m in history]
         for name in [name for name in names if name in history[0]]:
-            axis.plot(x, [m[name] for m in history], "." if x is root_kl else "-", label=looks[name][0],
-                      color=looks[name][1])
+            axis.plot(x, [m[name] for m in history], ".-", linewidth=0.5, label=name)
         axis.set(xlabel=label)
         axis.legend()
         axis.grid(alpha=0.3)
-    if path:
-        figure.savefig(path, dpi=80)
     return figure
 
 
-def where_the_time_went(run, history):
-    """One line: the seconds of each phase, episodes per second, and how near the updates came to the rate of
-    a large matrix product. A training pass counts as three forward ones."""
-    config = run.config
-    spent = {phase: sum(metrics[f"seconds_{phase}"] for metrics in history) for phase in PHASES}
-    total = sum(spent.values())
-    square = torch.randn(1024, 1024, device=run.device, dtype=getattr(torch, config.dtype))
-    product = torch.utils.benchmark.Timer("square @ square", globals={"square": square},
-                                          num_threads=torch.get_num_threads()).blocked_autorange()
-    prompts = [run.prompts[i] for i in balanced_draw(len(run.prompts), config.batch_size)]
-    inputs = respond(run.policy, run.tokenizer, prompts, config)[:4]
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        response_logits(run.policy, *inputs, run.value)
-    epochs = sum(metrics["updates"] for metrics in history) * config.minibatch_size / config.batch_size
-    rate = 3 * epochs * forward.get_total_flops() / spent["update"]
-    return ("where the time went: "
-            + ", ".join(f"{phase} {spent[phase]:.1f} s ({spent[phase] / total:.0%})" for phase in PHASES)
-            + f"; {config.batch_size * len(history) / total:.0f} episodes per second; updates at "
-            f"{rate * product.median / (2 * 1024 ** 3):.0%} of the rate of a matrix product")
-
-
 def parse(argv):
-    """The command line as a Config, with the settings of the resumed run where one is named."""
+    """The command line as a Config; of a resumed run the settings are the defaults, and may not change."""
     def complain(message):
         raise ValueError(message)
     parser = HfArgumentParser(Config, description=Config.__doc__)
     parser.error = complain
-    config = parser.parse_args_into_dataclasses(argv)[0]
-    config.template = config.template.replace("\\n", "\n")  # a shell passes the two characters
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # parsed again, this leaves what was really given
-    given = {name: getattr(config, name) for name in vars(parser.parse_args(argv))}
-    return resumed(config, given) if config.resume else config
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"switch {action.dest} off"
+    folder = parser.parse_known_args(argv)[0].resume
+    if folder:
+        parser.set_defaults(**vars(resumed(folder, {})[0]))
+    (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config.template = config.template.replace("\\n", "\n")  # a shell passes the two characters
+    if folder:
+        resumed(folder, vars(config))
+    return config
 
 
 def main(argv=None):
@@ -1483,56 +1374,67 @@ def main(argv=None):
     or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
-    config = Config()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
+    resume = None
     try:
         config = parse(argv)
         config.out = config.out or f"runs/seed-{config.seed}"
+        resume = f"python {shlex.quote(sys.argv[0] or 'rlaif.py')} --resume {shlex.quote(config.out)}"
+        if not config.resume and os.path.exists(f"{config.out}/config.json"):
+            raise ValueError(f"out: {config.out} already holds a run; to go on with it: {resume}")
         run_and_report(config)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        kept = isinstance(error, OSError) and os.path.exists(f"{config.out}/checkpoint.pt")
-        print(f"\nrlaif: {first_line(error)}" + f"; the last checkpoint is in {config.out}" * kept,
-              file=sys.stderr)
+        print(f"\nrlaif: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        begun = os.path.exists(f"{config.out}/config.json")
-        print("\nrlaif: stopped" + f"; go on with: python rlaif.py --resume {config.out}" * begun,
-              file=sys.stderr)
+        begun = resume and os.path.exists(f"{config.out}/config.json")
+        print("\nrlaif: stopped" + (f"; to go on: {resume}" if begun else ""), file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
 def run_and_report(config):
     """What the command line does: load, measure, train under a progress bar, measure again, write and print
     the report."""
-    run = prepare(config)
+    run, out = prepare(config, restored=False), pathlib.Path(config.out)
     before, rows_before = evaluate(run)
-    restore(run)
-    history = []
-    with tqdm(total=config.iterations, initial=run.iteration, desc="PPO", unit="iteration") as progress:
-        for metrics in ppo(run):
-            history.append(metrics)
+    if config.resume:
+        restore(run)
+    with tqdm(total=run.config.iterations, initial=run.iteration, desc="PPO",
+              bar_format="{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}{postfix}") as progress:
+        while run.iteration < run.config.iterations:
+            metrics = update(run, roll_out(run))
+            record(run, metrics)
             shown = {name: f"{metrics[name]:.2f}" for name in ("score", "gold", "kl") if name in metrics}
             progress.set_postfix(shown, **{"episodes/s": f"{metrics['episodes_per_second']:.0f}"})
             progress.update()
     after, rows_after = evaluate(run)
 
-    summary = "\n".join(["| held-out prompts | before | after |", "|---|---|---|"]
-                        + [f"| {name} | {before[name]:.3f} | {after[name]:.3f} |" for name in before])
-    samples = samples_table(rows_before[:len(run.held)], rows_after[:len(run.held)])
-    write(run.out / "samples.md", f"{samples}\n\n{summary}\n")
-    print(f"\n{samples}\n\n{summary}\n")
-    if history:
-        print(where_the_time_went(run, history))
-    history = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    samples = []
+    for a, b in list(zip(rows_before, rows_after))[:len(run.held_out)]:
+        samples.append(f"\n{a['prompt']}")
+        for name, row in (("before", a), ("after", b)):
+            gold = f", gold {row['gold']:4.1f}" if "gold" in row else ""
+            samples.append(f"  {name:6} score {row['score']:5.2f}{gold} {' '.join(row['response'].split())}")
+    summary = [f"{'held-out prompts':16} {'before':>9} {'after':>9}"]
+    summary += [f"{name:16} {before[name]:9.3f} {after[name]:9.3f}" for name in before]
+    with replacing(out / "samples.md") as new:
+        new.write_text("\n".join(["```", *samples, "", *summary, "```", ""]), encoding="utf-8")
+    width = shutil.get_terminal_size().columns
+    print("\n".join([line[:width] for line in samples[:9]] + ["", *summary, ""]))
+    if run.rollout:
+        print(f"{token_table(run)}\n")
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = {name[8:]: sum(m[name] for m in history) for name in history[0] if name.startswith("seconds_")}
+    print("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
+    print(f"{run.config.batch_size * len(history) / sum(seconds.values()):.0f} episodes per second")
     try:
-        draw_history(history, run.out / "learning_curves.png")
+        draw_history(history).savefig(out / "learning_curves.png", dpi=80)
     except ImportError as error:
         print(error)
-    print(f"everything is in {run.out}: " + ", ".join(sorted(path.name for path in run.out.iterdir())))
+    print(f"everything is in {out}")
 
 
-if __name__ == "__main__" and "__file__" in globals():  # pasted into a notebook cell, it starts nothing
+if IS_COMMAND:
     sys.exit(main())

@@ -1,0 +1,282 @@
+"""What PPO costs here, and what it costs with TRL:  python -m tiny_models.speed  [--only NAME]
+
+    growth    how the time of each phase grows with batch, length, layers and width
+    turns     episodes per second beside TRL's, the two in turns in one process
+    start     from nothing to the end of the first iteration, and the peak memory, beside TRL's
+    quality   how long the default run takes to a good policy, and TRL on the same models
+
+The first three are measured on random models whose responses all have their full length, the last on the
+shipped ones. TRL is release 1.12.0, the last with a PPOTrainer (pip install trl==1.12.0); without it, its
+part is left out. Everything runs on the CPU, by the clock on the wall, so let nothing else run meanwhile.
+"""
+
+import argparse
+import contextlib
+import copy
+import multiprocessing
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast,
+                          TrainerCallback)
+from transformers.utils import logging as transformers_logging
+
+import rlaif
+from tiny_models import world
+
+SIZE = {"layers": 2, "width": 128, "batch": 64, "length": 28, "value": "shared"}
+GROWTH = {"batch": (16, 64, 256, 512), "length": (8, 28, 64, 128), "layers": (1, 2, 4, 8),
+          "width": (64, 128, 256, 512)}
+SIDE_BY_SIDE = [{**SIZE, "layers": layers, "value": value}
+                for layers in (2, 4) for value in ("shared", "separate")]
+PHASES = ("generate", "score", "policy", "reference", "update")
+GOLDS = (1.0, 2.0, 2.5)
+QUALITY_OF_TRL = ((0.3, 3e-4), (0.15, 1e-5))  # price of KL and Adam's epsilon: the rest as below
+
+
+# The work
+
+
+def random_model(kind, layers, width):
+    """A GPT-2 with fresh weights over 256 tokens, each a character of its own, and its tokenizer. There is no
+    EOS, so every response has its full length."""
+    tokenizer = Tokenizer(models.BPE({chr(0x4E00 + i): i for i in range(256)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    config = GPT2Config(vocab_size=256, n_positions=256, n_embd=width, n_layer=layers, n_head=4,
+                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, num_labels=1, pad_token_id=0,
+                        activation_function="gelu_pytorch_tanh", bos_token_id=None, eos_token_id=None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=chr(0x4E00))
+    return kind(config).eval(), tokenizer
+
+
+def train_here(iterations, layers, width, batch, length, value):
+    """Train a random model on prompts of 12 tokens -> the Run, and the metrics of each iteration."""
+    torch.manual_seed(0)
+    policy, tokenizer = random_model(GPT2LMHeadModel, layers, width)
+    scorer, _ = random_model(GPT2ForSequenceClassification, layers, width)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = ["".join(map(chr, row)) for row in torch.randint(0x4E01, 0x4F00, (256, 12)).tolist()]
+        pathlib.Path(folder, "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+        config = rlaif.Config(
+            prompts=f"{folder}/prompts.txt", template="{prompt}", iterations=iterations, batch_size=batch,
+            minibatch_size=16, ppo_epochs=4, max_new_tokens=length, value=value, device="cpu",
+            learning_rate=1e-6)
+        score = rlaif.PreferenceModel(scorer, tokenizer, config.template)
+        run = rlaif.prepare(config, score, None, policy, tokenizer)
+    return run, [rlaif.update(run, rlaif.roll_out(run)) for _ in range(iterations)]
+
+
+class Clock(TrainerCallback):
+    """Reads the time when TRL begins to train and after each iteration, less the seconds in `paused`."""
+
+    def __init__(self):
+        self.times, self.paused = [], 0.0
+
+    def on_train_begin(self, *args, **kwargs):
+        self.times.append(time.perf_counter() - self.paused)
+
+    on_step_end = on_train_begin
+
+
+def train_with_trl(clock, tokenizer, policy, reference, scorer, critic, prompts, iterations, batch,
+                   minibatch, epochs, length, **settings):
+    """Train with TRL's PPOTrainer, on prompts given as lists of token ids, at least a batch of them."""
+    from datasets import Dataset  # here, so that the processes without TRL neither wait nor pay for it
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    transformers_logging.set_verbosity_error()
+    data = Dataset.from_dict({"input_ids": prompts})
+    with (tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)):
+        config = PPOConfig(
+            folder, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
+            local_rollout_forward_batch_size=batch, num_mini_batches=batch // minibatch,
+            num_ppo_epochs=epochs, total_episodes=batch * iterations, response_length=length,
+            temperature=1.0, num_sample_generations=0, use_cpu=True, bf16=False, report_to="none",
+            disable_tqdm=True, save_strategy="no", logging_strategy="no", **settings)
+        PPOTrainer(config, processing_class=tokenizer, model=policy, ref_model=reference,
+                   reward_model=scorer, value_model=critic, train_dataset=data, eval_dataset=data,
+                   callbacks=[clock]).train()
+
+
+def train_random_with_trl(iterations, layers, width, batch, length, value):
+    """The work of `train_here` -> seconds of each iteration after the first. Whatever `value` says, TRL has a
+    value model of its own."""
+    torch.manual_seed(0)
+    (policy, tokenizer), (reference, _), (scorer, _), (critic, _) = (
+        random_model(kind, layers, width) for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)
+        for _ in range(2))
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})  # TRL wants one; no model here can write its id, 256
+    clock, prompts = Clock(), torch.randint(1, 256, (1024, 12)).tolist()
+    train_with_trl(clock, tokenizer, policy, reference, scorer, critic, prompts, iterations, batch,
+                   minibatch=16, epochs=4, length=length, learning_rate=1e-6)
+    return [end - start for start, end in zip(clock.times[1:], clock.times[2:])]
+
+
+def in_own_process(function, *args, **kwargs):
+    """Call a function in a fresh Python -> what it returns, the seconds from nothing until it returns, and
+    the peak memory of the process in MB, as Linux counts it."""
+    started = time.time()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        result, ended, memory = process.submit(measured, function, *args, **kwargs).result()
+    return result, ended - started, memory
+
+
+def measured(function, *args, **kwargs):
+    transformers_logging.disable_progress_bar()
+    result, ended = function(*args, **kwargs), time.time()
+    status = pathlib.Path("/proc/self/status").read_text()  # getrusage would count the parent's memory too
+    return result, ended, int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+# The tables
+
+
+def row(*cells):
+    """Print one line of a Markdown table, at once."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def head(*cells):
+    print()
+    row(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def growth():
+    """Milliseconds of each phase, and of the rate of a large matrix product the share that updates reach."""
+    head("layers", "width", "batch", "length", *(f"{phase}, ms" for phase in PHASES), "episodes per second",
+         "a matrix product, GFLOP/s", "updates reach")
+    square = torch.randn(1024, 1024)
+    timer = Timer("x @ x", globals={"x": square}, num_threads=torch.get_num_threads())
+    for size in [{**SIZE, name: value} for name, values in GROWTH.items() for value in values]:
+        run, history = train_here(4, **size)
+        rollout = rlaif.roll_out(run)
+        with FlopCounterMode(display=False) as counter:
+            rlaif.update(run, rollout)
+        seconds = {phase: statistics.median(metrics[f"seconds_{phase}"] for metrics in history[1:])
+                   for phase in PHASES}
+        product = 2 * len(square) ** 3 / timer.blocked_autorange().median
+        reached = counter.get_total_flops() / seconds["update"]
+        row(*(size[name] for name in ("layers", "width", "batch", "length")),
+            *(f"{1000 * seconds[phase]:.0f}" for phase in PHASES),
+            f"{size['batch'] / sum(seconds.values()):.0f}", f"{product / 1e9:.0f}",
+            f"{reached / product:.0%}")
+
+
+def turns():
+    """Episodes per second, five times five iterations of each; the first iteration of a turn warms up."""
+    head("layers", "value", "episodes per second", "TRL 1.12.0", "ratio of medians", "of each turn")
+    for size in SIDE_BY_SIDE:
+        here, there = [], []
+        for _ in range(5):
+            here.append([size["batch"] / m["episodes_per_second"] for m in train_here(6, **size)[1][1:]])
+            there.append(train_random_with_trl(6, **size))
+        ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(here, there))
+        here, there = (size["batch"] / statistics.median(sum(seconds, [])) for seconds in (here, there))
+        row(size["layers"], size["value"], f"{here:.0f}", f"{there:.0f}", f"{here / there:.2f}",
+            ", ".join(f"{ratio:.2f}" for ratio in ratios))
+
+
+def start():
+    """Time to the end of the first iteration, and peak memory, each in a process of its own."""
+    head("layers", "value", "to the end of the first iteration, s", "TRL", "peak memory, MB", "TRL")
+    for size in SIDE_BY_SIDE:
+        _, seconds, memory = in_own_process(one_iteration_here, size)
+        _, trl_seconds, trl_memory = in_own_process(train_random_with_trl, 1, **size)
+        row(size["layers"], size["value"], f"{seconds:.1f}", f"{trl_seconds:.1f}", f"{memory:.0f}",
+            f"{trl_memory:.0f}")
+
+
+def one_iteration_here(size):
+    train_here(1, **size)  # what it returns is too large to send
+
+
+def quality():
+    """Seconds of training until the mean gold of a batch first reaches a mark, and the peak memory of all of
+    it. Evaluation does not count, nor does TRL's gold; ours does, a few milliseconds in all."""
+    head("shipped models", *(f"gold {gold:g}, s" for gold in GOLDS), "at the end", "peak memory, MB")
+    commands = {"the default run": (quality_here,)}
+    if trl_is_here():
+        commands |= {f"TRL 1.12.0, kl_coef {beta}, adam_epsilon {epsilon}": (quality_of_trl, beta, epsilon)
+                     for beta, epsilon in QUALITY_OF_TRL}
+    for name, command in commands.items():
+        points, _, memory = in_own_process(*command)
+        reached = [[seconds for seconds, gold in points if gold >= mark] for mark in GOLDS]
+        seconds, gold = points[-1]
+        row(name, *(f"{found[0]:.1f}" if found else "never" for found in reached),
+            f"{gold:.2f} after {seconds:.1f} s", f"{memory:.0f}")
+
+
+def quality_here():
+    """Measure, train and measure again, as the command does, without files and pictures -> of each iteration
+    the seconds of training until its end, and the gold of its batch."""
+    run = rlaif.prepare(rlaif.Config(device="cpu"))
+    rlaif.evaluate(run)
+    began, points = time.perf_counter(), []
+    for _ in range(run.config.iterations):
+        metrics = rlaif.update(run, rlaif.roll_out(run))
+        points.append((time.perf_counter() - began, metrics["gold"]))
+    rlaif.evaluate(run)
+    return points
+
+
+def quality_of_trl(kl_coef, adam_epsilon, iterations=80):
+    """The same with TRL. Its value model starts from the preference model, and its settings stand here, so
+    that a default of ours that changes leaves them as they are."""
+    config = rlaif.Config()
+    policy, tokenizer = rlaif.load(AutoModelForCausalLM, config.policy, "policy", "cpu")
+    scorer, _ = rlaif.load(AutoModelForSequenceClassification, config.preference, "preference", "cpu")
+    reference, critic = copy.deepcopy(policy), copy.deepcopy(scorer)
+    tokenizer.padding_side = "left"
+    clock, golds = Clock(), []
+    before, after = config.template.split("{prompt}")
+
+    def read_gold(model, args, inputs):
+        began = time.perf_counter()
+        texts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        pairs = [text.removeprefix(before).split(after, 1) for text in texts]
+        golds.append(statistics.mean(world.gold_scores(*zip(*pairs))))
+        clock.paused += time.perf_counter() - began
+    scorer.base_model.register_forward_pre_hook(read_gold, with_kwargs=True)
+    prompts = tokenizer([config.template.format(prompt=prompt) for prompt in world.PROMPTS]).input_ids
+    train_with_trl(clock, tokenizer, policy, reference, scorer, critic, 8 * prompts, iterations, batch=128,
+                   minibatch=32, epochs=2, length=28, stop_token="eos", missing_eos_penalty=1.0,
+                   cliprange=0.1, learning_rate=1e-3, kl_coef=kl_coef, adam_epsilon=adam_epsilon)
+    return [(end - clock.times[0], gold) for end, gold in zip(clock.times[1:], golds, strict=True)]
+
+
+def main():
+    """Print the tables, or one of them."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"growth": growth, "turns": turns, "start": start, "quality": quality}
+    parser.add_argument("--only", choices=list(tables), help="print one table")
+    only = parser.parse_args().only
+    if not trl_is_here():
+        print("no comparison: it needs trl==1.12.0")
+        del tables["turns"], tables["start"]
+    for name, table in tables.items():
+        if only in (None, name):
+            table()
+
+
+def trl_is_here():
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # or it warns that this part of it may change
+    try:
+        import trl.experimental.ppo
+    except ImportError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
