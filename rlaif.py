@@ -20,24 +20,28 @@
     +-- epochs of clipped updates of the policy and its value function .............. 9  policy_loss
 
 `roll_out` (section 10) is steps 4 to 8, `update` is step 9, and `train` is these two in turn: PPO, proximal
-policy optimisation. What they maximise over the policy pi, with r in units of its std over the batch, is
+policy optimisation. With prompts x and replies y ~ pi(y|x), training maximises over the policy pi
 
-    J(pi) = E_{x, y ~ pi} [ r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
+    J(pi) = E [ r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
 
-RLHF has people compare the replies; RLAIF asks a model. That makes labels cheap, so that any new reply can be
-judged at any time, and it makes them dangerous: what the judge gets wrong, always in the same way, the policy
-will find and repeat. So look at the replies, and at a truth that nobody is trained on, here called gold.
+where r is counted in stds of the batch's scores, and beta is the price of drift from the reference pi_ref.
 
-Writing a reply is a decision process. The state is the prompt and the tokens so far, the action is the next
-token, an episode is one response up to its EOS (end-of-sequence token), and almost all of the reward comes
-with the last token. Three policies, of one architecture, have a part in it:
+In RLHF, reinforcement learning from human feedback, people compare the replies; in RLAIF a model does. That
+makes labels cheap, so that any reply can be judged, and dangerous: what the judge gets wrong, always in the
+same way, the policy will find and repeat. So look at the replies, and at a truth that nobody is trained on,
+here called gold.
+
+Writing a reply is a decision process. The policy is the language model, seen as the rule that picks an
+action, the next token. The state is the prompt and the tokens so far, an episode is one response up to its
+EOS (end-of-sequence token), and almost all of the reward comes with the last token. There are three policies:
 
     pi        the one that learns         changes with every optimizer step    9, where its gradient is taken
     pi_old    the one that wrote y        changes with every batch             4, 6, and the ratio of 9
-    pi_ref    the one before training     never changes                        6, where drift has its price
+    pi_ref    as a rule pi's own start    never changes                        6, where drift has its price
 
-One example, of a reply of four tokens in a batch of longer ones. The score, whitened, is 1; beta is 0.3,
-gamma and lambda are 1. What the model says at t it says after reading the prompt x and the tokens before t:
+One example, of a reply of four tokens in a batch of longer ones. The score, whitened, is 1; beta is 0.3, and
+gamma and lambda, explained in section 8, are 1. What the model says at t it says after reading the prompt x
+and the tokens before t; PAD, padding, only fills the row:
 
     t  y_t      mask   logits, value read      KL    reward               value  advantage
     0  Run      True   x                     0.50   -0.3 * 0.50 = -0.15    0.2      0.62
@@ -49,10 +53,10 @@ gamma and lambda are 1. What the model says at t it says after reading the promp
 The advantage is here the sum of the rewards from t on, less the value: at t = 1, 0.00 + 0.03 + 0.94 - 0.4.
 
 One letter per tensor axis: B batch, T response (padded on the right), P prompt (padded on the left), V
-vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is made
-from lengths, never from ids that look like padding; each row has a True. What stands outside it changes
-nothing. KL is the Kullback-Leibler divergence, in nats (a nat is log2(e) bits). Each function of sections 6
-to 9 can be copied alone into a notebook.
+vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It says where
+a response ended, and is never made from ids that look like padding; each row has a True. What stands outside
+it changes nothing. KL is the Kullback-Leibler divergence, in nats (a nat is log2(e) bits). Scores are in
+points, the preference model's unit. Each function of sections 6 to 9 can be copied alone into a notebook.
 
     python rlaif.py                               PPO on the tiny models beside this file
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
@@ -155,7 +159,7 @@ class Config:
     kl_horizon: float = option(500.0, "responses over which a steered beta moves (10000: OAI)")
     whiten_scores: bool = option(True, "bring each batch's scores to mean 0 and std 1, before the KL")
     dense_reward: bool = option(False, "score every prefix and spread the score over the tokens")
-    missing_eos_score: float = option(-1.0, "score of a response that did not end, in beta's unit; inf: off")
+    missing_eos_score: float = option(-1.0, "score without EOS, in stds if scores are whitened; inf: off")
     # the advantage
     value: Literal["shared", "separate", "preference"] = option("shared", "trunk under the value head")
     value_head: Literal["zero", "random"] = option("random", "how the value head starts (zero: OAI)")
@@ -163,13 +167,13 @@ class Config:
     lam: float = option(1.0, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
-    clip: float = option(0.1, "how far the ratio may leave 1 with gain; inf: off (0.2: PPO)")
-    value_clip: float = option(0.2, "how far a value may move in one iteration with gain; inf: off (OAI)")
+    clip: float = option(0.1, "a ratio further than this from 1 earns nothing more; inf: off (0.2: PPO)")
+    value_clip: float = option(0.2, "the same for a value, from its old one; inf: off (0.2: OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
-    stop_kl: float = option(0.05, "nats per token, old to new, that end an iteration's updates; inf: off")
+    stop_kl: float = option(0.05, "stop a batch's updates once KL(pi_old || pi) per token is above; inf: off")
     learning_rate: float = option(1e-3, "Adam's step size, falling linearly to 0 (N+, 1e9 weights: 3e-6)")
-    adam_epsilon: float = option(3e-4, "lets Adam leave tiny gradients tiny (OAI: see its note above)")
+    adam_epsilon: float = option(3e-4, "gradients well below this get small steps (OAI: see its note)")
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
@@ -204,7 +208,7 @@ def ask_judge(judge, tokenizer, questions):
     with_a, with_b = (tokenizer([question + answer for question in questions],
                                 add_special_tokens=not tokenizer.chat_template).input_ids
                       for answer in answers)
-    rows, answer_ids = [], []  # the tokens before the two answers part, and the first of either that differs
+    rows, answer_ids = [], []  # the tokens that both share, and the first one that each has for itself
     for a, b in zip(with_a, with_b):
         split = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
         if split is None:
@@ -249,8 +253,9 @@ def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_
 def preference_loss(scores_a, scores_b, prob_a):
     """Bradley-Terry on soft labels: scores (N,), (N,) and labels in [0, 1] (N,) -> scalar, in nats.
 
-    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1). It is never below the
-    entropy of the labels. Raises ValueError unless all three are (N,).
+    mean of -p log sigma(r_a - r_b) - (1 - p) log sigma(r_b - r_a)   (Lee 2.2.1): Bradley-Terry says that a
+    wins with probability sigma(r_a - r_b). It is never below the labels' entropy. Raises ValueError unless
+    all three are (N,).
     """
     if not scores_a.shape == scores_b.shape == prob_a.shape == scores_a.shape[:1]:
         raise ValueError(f"need three of shape (N,), got {scores_a.shape}, {scores_b.shape}, {prob_a.shape}")
@@ -293,7 +298,7 @@ class PreferenceModel:
         """The same on the model's device, with gradient: the head at the last real token of each."""
         ids, mask = pad(rows, "right", self.model, fill=getattr(self.model.config, "pad_token_id", None) or 0)
         torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
-        if not hasattr(self.model, "score"):  # it pools by itself, and looks at the mask or for PAD
+        if not hasattr(self.model, "score"):  # this model finds the last real token by itself
             return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask,
                                        use_cache=False).last_hidden_state  # (N, L, D)
@@ -315,8 +320,8 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
     """Fit a preference model, in place, to labels (N,) on N pairs of texts, tokenized by the model itself.
 
     The last tenth of the pairs is held out. Afterwards the head is divided by the std of the texts' scores,
-    so that beta and clip mean the same for every preference model; from then on sigma(r_a - r_b) is no
-    longer the probability of the label. The scores' mean is drawn to 0 by a small term in the loss
+    so that one preference model's points are like another's; from then on sigma(r_a - r_b) is no longer the
+    probability of the label. The scores' mean is drawn to 0 by a small term in the loss
     (Eisenstein), since the loss itself only sees differences. Returns a dict, all measured before the
     scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in
     nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is).
@@ -383,9 +388,10 @@ class ValueFunction(nn.Module):
     """V(x, y_<t): the sum of rewards that the policy can expect from here on.
 
     It is a baseline: a token is praised for what came of it *beyond* what was to be expected, which takes out
-    of the gradient the noise of easy and hard prompts. With lambda = 1 it changes no gradient's mean; below
-    that its own errors come in. One linear head on D hidden units, of the policy's own trunk (`trunk` None:
-    shared) or of a separate one that reads the same tokens. A zero head starts every value at 0 (OAI).
+    of the gradient the noise of easy and hard prompts. With lambda = 1 it leaves the mean of the policy's
+    gradient as it is; below that its own errors come in. One linear head on D hidden units, of the policy's
+    own trunk (`trunk` None: shared) or of a separate one that reads the same tokens. A zero head starts every
+    value at 0 (OAI).
     """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
@@ -415,7 +421,7 @@ def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None)
     T, inputs = tokens.shape[1], model_inputs(input_ids, attention_mask, tokens, mask)
     shared = value is not None and value.trunk is None
     out = policy(**inputs, logits_to_keep=T + 1, output_hidden_states=shared)
-    logits = out.logits[:, :-1]  # the last token of a response predicts nothing
+    logits = out.logits[:, :-1]  # the prompt's last token speaks of y_0; the last column of no token
     if value is None:
         return logits, None
     hidden = out.hidden_states[-1] if shared else value.trunk(**inputs).last_hidden_state  # (B, P + T, D)
@@ -549,9 +555,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Estimate KL(pi || pi_ref) at each token sampled from pi, in nats: (B, T), (B, T) -> (B, T).
 
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
-    exp(-d) - 1 + d has the right mean and is never negative. Charged as a reward, as here, only k1 makes the
-    policy gradient that of the KL; the gradient of k2 itself would do so in a loss (Schulman). Raises
-    ValueError for another kind.
+    exp(-d) - 1 + d has the right mean and is never negative (Schulman). In the reward use k1: only it gives
+    the policy the gradient of the KL. (In a loss, k2 would.) Raises ValueError for another kind.
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -567,7 +572,7 @@ def update_beta(beta, kl, target, horizon, n):
     """Steer the price of KL so that `kl`, nats per response, comes to `target`: float -> float.
 
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon), after n responses (OAI). kl is the KL to the
-    *reference*. Raises ValueError unless n < 5 * horizon, beyond which beta could turn negative.
+    *reference*. Raises ValueError unless target > 0 and n < 5 * horizon: else beta could turn negative.
     """
     if target <= 0 or n >= 5 * horizon:
         raise ValueError(f"need target > 0, n < 5 * horizon; got target {target}, n {n}, horizon {horizon}")
@@ -576,9 +581,9 @@ def update_beta(beta, kl, target, horizon, n):
 
 # %% 7. Rewards
 #
-# Scores are whitened, that is, shifted and scaled to mean 0 and std 1 over the batch, because no preference
-# model has a scale of its own: its loss only sees differences. Then beta means the same for any of them: how
-# many stds of the score one nat of drift costs.
+# Scores are whitened, that is, shifted and scaled to mean 0 and std 1 over the batch, because preference
+# models differ in offset and scale: their loss sees only differences, and labels that are surer stretch them.
+# Then beta means the same for any of them: how many stds of the score one nat of drift costs.
 
 
 def masked_mean(x, mask):
@@ -589,7 +594,7 @@ def masked_mean(x, mask):
 def shape_rewards(scores, kl, mask, beta, level="token"):
     """The reward of each token: scores (B,), kl and mask (B, T), beta a float -> (B, T).
 
-    The score stands on the last token, the EOS itself. From it is taken beta * KL: with level "token" each
+    The score stands on the last token, the EOS itself. beta * KL is subtracted: with level "token" each
     token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
     KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the batch's mean, of
     which only 1/B is its response's own: that hardly holds the policy. Raises ValueError for another level,
@@ -622,8 +627,10 @@ def dense_scores(prefix_scores, mask):
 # %% 8. Advantages
 #
 # The reward comes at the end; which token earned it? gamma below 1 would count late rewards less: for a reply
-# that is to be good as a whole it stays 1. lambda says whom to believe about the rest of the reply: at 1 what
-# was drawn, right on average but noisy; at 0 the value of the next state, quiet but as wrong as the values.
+# that is to be good as a whole it stays 1. lambda says whom to believe about the rest of the reply: at 1 the
+# rewards that really followed, right on average but noisy; at 0 the value of the next state, quiet but as
+# wrong as the values. Replies as short as these suit 1. Advantages are whitened too, so that the size of a
+# step does not depend on how well the values happen to fit.
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
@@ -648,7 +655,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def whiten(x, mask=None):
     """(x - mean) / sqrt(var + 1e-8) over the valid entries: (B,) or (B, T) -> the same, 0 outside the mask.
 
-    The variance is the biased one. (OAI, who whiten the advantages of each minibatch; here it is the batch's)
+    The variance is the biased one. (OAI whitens the advantages of each minibatch; here it is the batch's.)
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     mean = torch.where(mask, x, 0.0).sum() / mask.sum()
@@ -658,11 +665,13 @@ def whiten(x, mask=None):
 
 # %% 9. The clipped losses
 #
-# Samples are dear, so each batch is used for several steps. After the first the policy is no longer the one
-# that sampled, and the ratio rho = pi / pi_old corrects for that: it reweights an old sample to how often the
-# new policy would write it. That holds only near pi_old. So of the plain and the clipped loss the larger
-# counts, the pessimistic one: a token gains nothing from a ratio beyond 1 +- clip, and always pays for harm.
-# Advantages, old values and returns are detached: they are measurements, not to be talked up by the gradient.
+# A step makes a token with a positive advantage more probable and one with a negative advantage less, the
+# more so the larger it is. Samples are dear, so a batch is cut into minibatches, perhaps for several epochs,
+# with a step on each. After the first step the policy is no longer the one that sampled; the ratio
+# rho = pi / pi_old corrects for that: it weighs an old sample by how often the new policy would write it.
+# That holds only near pi_old. So of the plain and the clipped loss the larger counts, the pessimistic one:
+# past the clip, going further right earns nothing, and going wrong always costs. Advantages, old values and
+# returns are detached: they are measurements, not to be talked up by the gradient.
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -718,7 +727,7 @@ class Run:
     rollout: "Rollout" = None  # the last one made
 
     def autocast(self):
-        """A context in which models compute in config.dtype: a new one, for one entered twice stays on."""
+        """A context in which models compute in config.dtype; made anew: one entered twice would stay on."""
         return torch.autocast(self.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
 
     def now(self):
@@ -828,13 +837,13 @@ def roll_out(run, prompts=None):
     # comes the price of KL.
     finished = r.ended | (not r.may_end or config.missing_eos_score == math.inf)  # (B,)
     if not finished.any():
-        warnings.warn("no response ended, so all scores are equal and nothing can be learned: raise "
+        warnings.warn("no response ended, so all scores are equal and teach nothing: raise "
                       "max_new_tokens, or set missing_eos_score to inf", stacklevel=2)
     elif config.whiten_scores:
         r.score_mean = r.raw_scores[finished].mean().item()
         r.score_std = math.sqrt(r.raw_scores[finished].var(correction=0).item() + 1e-8)
     r.scores = torch.where(finished, (r.raw_scores - r.score_mean) / r.score_std, config.missing_eos_score)
-    dense = torch.zeros_like(r.kl)  # (B, T), of each row's score the part that is not paid at its end
+    dense = torch.zeros_like(r.kl)  # (B, T), the part of the score that is paid before the end
     if config.dense_reward:
         dense = dense_scores((r.prefix_scores - r.score_mean) / r.score_std, r.mask)
     at_end = r.scores - dense.sum(dim=1)  # (B,)
@@ -849,7 +858,8 @@ def roll_out(run, prompts=None):
 
 
 def update(run, rollout):
-    """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each -> the metrics.
+    """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each, until the new policy is
+    further than stop_kl from the old one -> the metrics.
 
     Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
     response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
@@ -860,9 +870,9 @@ def update(run, rollout):
     config, r, start = run.config, rollout, run.now()
     (group,) = run.optimizer.param_groups
     group["lr"] = config.learning_rate * max(0.0, 1 - run.iteration / config.iterations)
-    epochs = [torch.randperm(len(r.mask)).to(run.device) for _ in range(config.ppo_epochs)]
-    means, grad_norms = [], []  # of the minibatches, kept where they are: to read one waits for the device
-    for rows in [rows for epoch in epochs for rows in epoch.split(config.minibatch_size)]:
+    means, grad_norms = [], []  # left on the device until the end: to read a number is to wait for it
+    for rows in [rows for _ in range(config.ppo_epochs)
+                 for rows in torch.randperm(len(r.mask)).to(run.device).split(config.minibatch_size)]:
         mask, tokens, old_logprobs = r.mask[rows], r.tokens[rows], r.logprobs[rows]
         with run.autocast():
             logits, values = response_logits(
