@@ -863,7 +863,7 @@ def update(run, rollout):
 
     Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
     response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
-    the policy maximises (points); explained_variance of the returns, which are of this lambda, by the values;
+    the policy maximises (points); explained_variance of the returns by the values (of one lambda only);
     distinct, the share of different responses. Means over the minibatches: policy_loss, value_loss, ratio,
     clip_fraction, approx_kl (old to new, nats per token), grad_norm (before it is cut); updates counts them.
     """
