@@ -2174,8 +2174,8 @@ EXACT = {0.3: (80, 0.85), 1.0: (200, 0.99), 3.0: (200, 0.99)}  # beta -> iterati
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_runs(request, tmp_path_factory):
-    """{(beta, seed): the future of what exact_run gives}, where its test is to run: in two processes beside the
-    other tests', from their start."""
+    """{(beta, seed): the future of what exact_run gives}, where its test is to run: in two processes beside
+    the other tests', from their start."""
     runs = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         if any("exact_optimum" in item.name for item in request.session.items):
