@@ -64,16 +64,16 @@ points, the preference model's unit. Each function of sections 6 to 9 can be cop
 
 Sources, by the names that they have below:
     PPO          Schulman et al. 2017, Proximal policy optimization algorithms, arXiv 1707.06347
-    GAE          Schulman et al. 2015, High-dimensional continuous control using GAE, arXiv 1506.02438
+    GAE          Schulman et al. 2015, High-dimensional continuous control using generalized advantage
+                 estimation, arXiv 1506.02438
     Schulman     Schulman 2020, Approximating KL divergence, joschu.net/blog/kl-approx.html
     Lee          Lee et al. 2023, RLAIF vs. RLHF, arXiv 2309.00267
     CAI          Bai et al. 2022, Constitutional AI: harmlessness from AI feedback, arXiv 2212.08073
     Stiennon     Stiennon et al. 2020, Learning to summarize from human feedback, arXiv 2009.01325
     InstructGPT  Ouyang et al. 2022, Training language models to follow instructions, arXiv 2203.02155
     OAI          Ziegler et al. 2019, Fine-tuning language models from human preferences, arXiv 1909.08593,
-                 and its code, openai/lm-human-preferences: it whitens the rewards of the tokens, after the
-                 KL and without moving their mean, and its Adam is TensorFlow's, whose epsilon of 1e-5 is at
-                 the first step what 3.2e-4 is in PyTorch
+                 and its code: it whitens the tokens' rewards, after the KL, and keeps their mean; its Adam is
+                 TensorFlow's, whose epsilon of 1e-5 is at the first step what 3.2e-4 is in PyTorch
     N+           Huang et al. 2024, The N+ implementation details of RLHF with PPO, arXiv 2403.17031
     37           Huang et al. 2022, The 37 implementation details of PPO, ICLR blog track
     Eisenstein   Eisenstein et al. 2023, Helping or herding?, arXiv 2312.09244
