@@ -153,7 +153,7 @@ class Config:
     # the reward
     beta: float = option(0.3, "price of a nat of KL, in stds of the score if whitened, else in points")
     kl_level: Literal["token", "sequence", "batch"] = option("token", "whose KL is paid: see shape_rewards")
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman 2020)")
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k1", "estimator of the KL charged (Schulman)")
     beta_control: Literal["fixed", "batch"] = option("fixed", "keep beta, or steer it to kl_target (OAI)")
     kl_target: float = option(3.0, "nats per response that a steered beta aims at (6: OAI)")
     kl_horizon: float = option(500.0, "responses over which a steered beta moves (10000: OAI)")
@@ -177,7 +177,7 @@ class Config:
     max_grad_norm: float = option(0.5, "length to which a longer gradient is cut; inf: off")
     # the run
     seed: int = option(0, "seed of every random number")
-    device: str = option("auto", "cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
+    device: str = option("auto", "cpu, cuda, mps, or auto: the accelerator that is there, else cpu")
     dtype: Literal["float32", "bfloat16"] = option("float32", "inside the models; losses are float32 anyway")
     eval_samples: int = option(16, "replies to each held-out prompt in the before/after summary")
     save_every: int = option(10, "iterations between checkpoints")
@@ -321,11 +321,11 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
 
     The last tenth of the pairs is held out. Afterwards the head is divided by the std of the texts' scores,
     so that one preference model's points are like another's; from then on sigma(r_a - r_b) is no longer the
-    probability of the label. The scores' mean is drawn to 0 by a small term in the loss
-    (Eisenstein), since the loss itself only sees differences. Returns a dict, all measured before the
-    scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in
-    nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is).
-    Raises ValueError if all texts score alike.
+    probability of the label. The scores' mean is drawn to 0 by a small term in the loss (Eisenstein), since
+    the loss itself only sees differences. Returns a dict, all measured before the scaling: `loss` on the
+    held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in nats; `accuracy` on those
+    held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is). Raises ValueError if all
+    texts score alike.
     """
     prob_a = prob_a.to(preference.model.device)
     held = range(len(rows_a) - max(1, len(rows_a) // 10), len(rows_a))
