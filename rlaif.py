@@ -105,11 +105,9 @@ if IS_COMMAND:
 import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          HfArgumentParser)
-from transformers.utils import logging as transformers_logging
+                          HfArgumentParser, logging)
 
 # %% 0. Settings
 
@@ -208,20 +206,17 @@ def ask_judge(judge, tokenizer, questions):
     with_a, with_b = (tokenizer([question + answer for question in questions],
                                 add_special_tokens=not tokenizer.chat_template).input_ids
                       for answer in answers)
-    rows, answer_ids = [], []  # the tokens that both share, and the first one that each has for itself
-    for a, b in zip(with_a, with_b):
-        split = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-        if split is None:
-            raise ValueError("judge: its tokenizer writes the answers A and B alike")
-        rows.append(a[:split])
-        answer_ids.append((a[split], b[split]))
+    if any(a == b for a, b in zip(with_a, with_b)):
+        raise ValueError("judge: its tokenizer writes the answers A and B alike")
+    differ = [next(i for i, (x, y) in enumerate(zip(a, b)) if x != y) for a, b in zip(with_a, with_b)]
+    rows = [a[:i] for a, i in zip(with_a, differ)]  # the tokens that both share
+    answer_ids = torch.tensor([(a[i], b[i]) for a, b, i in zip(with_a, with_b, differ)], device=judge.device)
     prob_a = torch.empty(len(rows), device="cpu")
     for chunk in chunks_of_like_length(rows):
         ids, mask = pad([rows[i] for i in chunk], "left", judge)  # (n, L)
         logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
                        logits_to_keep=1).logits[:, -1].float()  # (n, V)
-        a_or_b = torch.tensor([answer_ids[i] for i in chunk], device=judge.device)  # (n, 2)
-        prob_a[chunk] = logits.gather(1, a_or_b).softmax(dim=1)[:, 0].cpu()
+        prob_a[chunk] = logits.gather(1, answer_ids[chunk]).softmax(dim=1)[:, 0].cpu()
     return prob_a
 
 
@@ -346,8 +341,7 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
     spread = torch.cat([a, b]).std().item()
     if not spread > 1e-3:
         raise ValueError("preference: all replies score alike, so the pairs taught it nothing")
-    with torch.no_grad():
-        preference.model.score.weight /= spread
+    preference.model.score.weight.data /= spread
     sure, last_epoch = (p[held] - 0.5).abs() > 0.25, losses[-(len(losses) // epochs):]
     return {
         "loss": preference_loss(a[held], b[held], p[held]).item(),
@@ -460,8 +454,7 @@ def generate(policy, input_ids, attention_mask, max_new_tokens, eos_token_id, pa
         if temperature == 0:
             token = logits.argmax(dim=-1)
         else:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1).squeeze(1)
+            token = torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1).squeeze(1)
         token = torch.where(finished, pad_token_id, token)  # (B,)
         tokens.append(token)
         mask.append(~finished)
@@ -478,8 +471,7 @@ def respond(policy, tokenizer, prompts, config):
     rows = tokenize(tokenizer, [config.template.format(prompt=prompt) for prompt in prompts])
     input_ids, attention_mask = pad(rows, "left", policy)
     more = policy.generation_config.eos_token_id  # it may have several
-    eos = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    eos = [token for token in dict.fromkeys(eos) if token is not None]
+    eos = list({tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
     tokens, mask = generate(policy, input_ids, attention_mask, config.max_new_tokens, eos, (eos or [0])[0],
                             config.temperature)
     replies = [row[:length] for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist())]
@@ -558,14 +550,10 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     exp(-d) - 1 + d has the right mean and is never negative (Schulman). In the reward use k1: only it gives
     the policy the gradient of the KL. (In a loss, k2 would.) Raises ValueError for another kind.
     """
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
     d = logprobs - ref_logprobs
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return d.square() / 2
-    if kind == "k3":
-        return torch.expm1(-d) + d
-    raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
+    return {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[kind]
 
 
 def update_beta(beta, kl, target, horizon, n):
@@ -620,8 +608,8 @@ def dense_scores(prefix_scores, mask):
     best policy stays the same (potential-based shaping, Ng).
     """
     prefix_scores = torch.where(mask, prefix_scores, 0.0)
-    before = torch.cat([torch.zeros_like(prefix_scores[:, :1]), prefix_scores[:, :-1]], dim=1)
-    return torch.where(mask, prefix_scores - before, 0.0)
+    added = prefix_scores.diff(dim=1, prepend=torch.zeros_like(prefix_scores[:, :1]))
+    return torch.where(mask, added, 0.0)
 
 
 # %% 8. Advantages
@@ -887,9 +875,10 @@ def update(run, rollout):
         approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
         means.append(torch.stack([pg_loss.detach(), v_loss.detach(), masked_mean(ratio, mask), clip_fraction,
                                   approx_kl]))
-        if not grad_norms:
-            off_one = (ratio - 1).abs().max()
-        elif approx_kl > config.stop_kl:
+        if not grad_norms and (ratio - 1).abs().max() > (1e-4 if config.dtype == "float32" else 0.05):
+            warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 before the first step: the "
+                          "policy that is updated is not the one that sampled", stacklevel=2)
+        if grad_norms and approx_kl > config.stop_kl:
             break
         run.optimizer.zero_grad()
         loss.backward()
@@ -897,19 +886,15 @@ def update(run, rollout):
         run.require_finite(loss.detach() + grad_norm, "the loss or its gradient")
         run.optimizer.step()
         grad_norms.append(grad_norm)
-    if off_one > (1e-4 if config.dtype == "float32" else 0.05):
-        warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 by {off_one:.5f} before the first "
-                      "step: the policy that is updated is not the one that sampled", stacklevel=2)
 
     batch = {name: x.mean().item() for name, x in r.totals().items()}
     batch["entropy"] /= batch["length"]
     errors, returns = (r.returns - r.values)[r.mask], r.returns[r.mask]
     names = "policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl"
-    used = r.score_mean + r.score_std * r.scores.mean().item()
     seconds = {**r.seconds, "update": run.now() - start}
     metrics = {
         "iteration": run.iteration + 1, **batch, "score_std": r.score_std, "beta": run.beta,
-        "objective": used - r.score_std * run.beta * batch["kl"],
+        "objective": r.score_mean + r.score_std * (r.scores.mean().item() - run.beta * batch["kl"]),
         **dict(zip(names, torch.stack(means).mean(dim=0).tolist())),
         "grad_norm": torch.stack(grad_norms).mean().item(), "updates": len(grad_norms),
         "explained_variance": 1 - (errors.var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
@@ -980,7 +965,7 @@ def pad(rows, side, model, fill=0):
         raise ValueError(f"a text of {width} tokens is longer than the context of the "
                          f"{type(model).__name__}, {context_of(model)}")
 
-    ids, mask = (pad_sequence(values, batch_first=True, padding_value=filler, padding_side=side)
+    ids, mask = (nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler, padding_side=side)
                  for values, filler in (([torch.tensor(row) for row in rows], fill),
                                         ([torch.ones(len(row), dtype=torch.long) for row in rows], 0)))
     return ids.to(model.device), mask.to(model.device)
@@ -988,8 +973,7 @@ def pad(rows, side, model, fill=0):
 
 def context_of(model):
     """How many tokens a model can read."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
-    return limit if limit > 0 else math.inf
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def chunks_of_like_length(rows, size=256):
@@ -1007,14 +991,12 @@ def balanced_draw(n, k):
 
 CAN_CHANGE = ("save_every", "device")  # the settings that a resumed run may change
 RANGES = {  # lowest and highest value -> the settings that must lie between; an infinite one is switched off
-    (1, 2**31): """preference_epochs iterations minibatch_size ppo_epochs max_new_tokens
-                   eval_samples save_every""",
-    (2, 2**31): "pairs batch_size",
+    (1, 1e9): "preference_epochs iterations minibatch_size ppo_epochs max_new_tokens eval_samples save_every",
+    (2, 1e9): "pairs batch_size",
     (0, 2**63 - 1): "seed",
     (0, 1): "gamma lam",
     (0, 1e9): "beta value_coef entropy_coef learning_rate preference_learning_rate",
-    (0.01, 1e9): "temperature kl_target kl_horizon",
-    (1e-12, 1e9): "adam_epsilon",
+    (1e-9, 1e9): "temperature kl_target kl_horizon adam_epsilon",
     (1e-9, math.inf): "clip value_clip stop_kl max_grad_norm",
     (-1e9, math.inf): "missing_eos_score",
 }
@@ -1231,11 +1213,9 @@ def require_steady(model, row):
     ids, mask = pad([half, row], "left", model)
     alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):]).logits[0, -1]
     beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
-    if not alone.isfinite().all():
-        raise ValueError("its logits are not finite")
     for other in (beside[0, -1], beside[1, len(half) - 1]):
         if not (alone - other).abs().max() < (0.01 if model.dtype == torch.float32 else 0.5):
-            raise ValueError("its logits move with padding, or with what comes later")
+            raise ValueError("its logits are not finite, or move with padding, or with what comes later")
 
 
 def begin(run, judge):
@@ -1250,9 +1230,8 @@ def begin(run, judge):
             with run.autocast():
                 run.score, report = preference_from_judge(config, run.policy, run.tokenizer, *judge,
                                                           run.prompts)
-            tqdm.write(f"preference model: loss {report['loss']:.3f}, in training "
-                       f"{report['train_loss']:.3f}, entropy of the labels {report['entropy']:.3f};\n"
-                       f"on held-out pairs where the judge is sure, it agrees in {report['accuracy']:.1%}")
+            names = "loss", "train_loss", "entropy", "accuracy"
+            tqdm.write("preference model: " + ", ".join(f"{name} {report[name]:.3f}" for name in names))
             if folder:
                 save_model(run.score.model, run.score.tokenizer, folder / "preference", "right")
         torch.manual_seed(config.seed)
@@ -1308,16 +1287,15 @@ def save_checkpoint(run, folder):
 def record(run, metrics):
     """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
     checkpoint; at the end, the policy too."""
-    config = run.config
-    if not config.out:
+    if not run.config.out:
         return
-    with open(f"{config.out}/metrics.jsonl", "a", encoding="utf-8") as file:
+    with open(f"{run.config.out}/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
-    last = run.iteration == config.iterations
-    if last or run.iteration % config.save_every == 0:
-        save_checkpoint(run, config.out)
-    if last:
-        save_model(run.policy, run.tokenizer, pathlib.Path(config.out) / "policy")
+    last = run.iteration == run.config.iterations
+    if last:  # before the checkpoint, which says that all is done
+        save_model(run.policy, run.tokenizer, pathlib.Path(run.config.out) / "policy")
+    if last or run.iteration % run.config.save_every == 0:
+        save_checkpoint(run, run.config.out)
 
 
 def restore(run):
@@ -1336,17 +1314,12 @@ def restore(run):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         with replacing(folder / "metrics.jsonl") as new:
             new.write_text("".join(lines[:run.iteration]), encoding="utf-8")
-    if run.iteration == run.config.iterations:
-        save_model(run.policy, run.tokenizer, folder / "policy")
 
 
 def draw_history(history):
     """Draw learning curves from a list of metrics: score and gold over iterations and over the root of the
     KL; KL; entropy and beta -> a matplotlib figure. Raises ImportError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the learning curves need matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = [("iteration", "score", "gold"), ("square root of the KL to the reference", "score", "gold"),
               ("iteration", "kl"), ("iteration", "entropy", "beta")]
@@ -1356,7 +1329,6 @@ def draw_history(history):
             axis.plot(x, [m[name] for m in history], ".-", linewidth=0.5, label=name)
         axis.set(xlabel=label)
         axis.legend()
-        axis.grid(alpha=0.3)
     return figure
 
 
@@ -1366,9 +1338,8 @@ def parse(argv):
         raise ValueError(message)
     parser = HfArgumentParser(Config, description=Config.__doc__)
     parser.error = complain
-    for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"switch {action.dest} off"
+    for action in [action for action in parser._actions if action.option_strings[0].startswith("--no_")]:
+        action.help = f"switch {action.dest} off"
     folder = parser.parse_known_args(argv)[0].resume
     if folder:
         parser.set_defaults(**vars(resumed(folder, {})[0]))
@@ -1382,8 +1353,8 @@ def parse(argv):
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
     or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
     resume = None
@@ -1405,8 +1376,7 @@ def main(argv=None):
 
 
 def run_and_report(config):
-    """What the command line does: load, measure, train under a progress bar, measure again, write and print
-    the report."""
+    """The command's work: load, measure, train under a progress bar, measure again, write, print."""
     run, out = prepare(config, restored=False), pathlib.Path(config.out)
     before, rows_before = evaluate(run)
     if config.resume:
@@ -1438,11 +1408,10 @@ def run_and_report(config):
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = {name[8:]: sum(m[name] for m in history) for name in history[0] if name.startswith("seconds_")}
     print("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
-    print(f"{run.config.batch_size * len(history) / sum(seconds.values()):.0f} episodes per second")
     try:
         draw_history(history).savefig(out / "learning_curves.png", dpi=80)
-    except ImportError as error:
-        print(error)
+    except ImportError:
+        print("the learning curves need matplotlib: pip install matplotlib")
     print(f"everything is in {out}")
 
 

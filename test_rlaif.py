@@ -659,8 +659,8 @@ def test_generate_may_pad_with_eos_because_masks_come_from_lengths():
         "pad == eos masks the EOS away")
 
 
-@pytest.mark.parametrize("dtype,expected", PRECISIONS)
-def test_generate_samples_half_precision_in_float32_and_keeps_no_graph(dtype, expected, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_generate_samples_in_float32_and_keeps_no_graph(dtype, monkeypatch):
     probs_seen, grad_seen = [], []
 
     def multinomial(probs, *args, f=torch.multinomial, **more):
@@ -670,7 +670,7 @@ def test_generate_samples_half_precision_in_float32_and_keeps_no_graph(dtype, ex
     policy, ids = gpt2().to(dtype), torch.tensor([[0, 1]])
     policy.register_forward_hook(lambda *_: grad_seen.append(torch.is_grad_enabled()))
     generate(policy, ids, torch.ones_like(ids), 3, EOS, 2)
-    assert set(probs_seen) == {expected}, "the probabilities must be float32 at least"
+    assert set(probs_seen) == {torch.float32}, "probabilities in half precision are too coarse"
     assert not any(grad_seen), "sampling must not keep the graph of every step"
 
 
@@ -2310,7 +2310,7 @@ BAD_FLAGS = {
     ("--beta", "high"): "--beta: invalid float value: 'high'",
     ("--kl_level", "word"): "--kl_level",
     ("--iterations", 0): "iterations must be from 1",
-    ("--temperature", 1e-38): "temperature must be from 0.01",
+    ("--temperature", 1e-38): "temperature must be from 1e-09",
     ("--gamma", 1.5): "gamma must be from 0 to 1",
     ("--batch_size", 1): "batch_size must be from 2",
     ("--beta", 0, "--beta_control", "batch"): "beta_control",
@@ -2334,10 +2334,10 @@ BAD_FLAGS = {
     ("--policy", "custom"): "policy: cannot load a model from custom",
     ("--policy", "no tokenizer"): "policy: ",
     ("--policy", "narrow"): "its tokenizer writes ids up to 8, its embedding has 4 rows",
-    ("--policy", "nan"): "policy: this GPT2LMHeadModel cannot be used: its logits are not finite",
+    ("--policy", "nan"): "policy: this GPT2LMHeadModel cannot be used: its logits are not finite, or",
     ("--policy", "mamba"): "policy: this MambaForCausalLM cannot be used",
-    ("--policy", "roberta"): "policy: this RobertaForCausalLM cannot be used: its logits move with padding",
-    ("--policy", "encoder"): "policy: this BertLMHeadModel cannot be used: its logits move",
+    ("--policy", "roberta"): "policy: this RobertaForCausalLM cannot be used: its logits are not finite, or",
+    ("--policy", "encoder"): "policy: this BertLMHeadModel cannot be used: its logits",
     ("--policy", "bart"): "policy: cannot load a model from bart",
     ("--reference", "policy", "--policy", "long"): "reference: its vocabulary or its context",
     ("--reference", "wide"): "reference: its vocabulary or its context is not the policy's",
@@ -2393,7 +2393,7 @@ def test_any_policy_with_any_preference_model_and_its_own_tokenizer(
     flags = ["--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS]
     code, out, err = run_main(capsys, *flags)
     assert code == 0, err
-    assert "before" in out and "episodes per second" in out and "matplotlib" in out
+    assert "before" in out and "seconds: generate" in out and "matplotlib" in out
     run = tmp_path / "runs" / "seed-0"
     assert {path.name for path in run.iterdir()} == {"policy", "config.json", "metrics.jsonl", "samples.md",
                                                      "checkpoint.pt"}
@@ -2417,14 +2417,12 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
     model, tokenizer = rlaif.load(AutoModelForSequenceClassification, str(out / "preference"), "preference",
                                   "cpu")
     assert len(rlaif.PreferenceModel(model, tokenizer, "{prompt}")(["ab"], ["a"])) == 1
-    shutil.rmtree(out / "policy")
     code, again, err = run_main(capsys, "--resume", out)
     assert code == 0, err
     kl = re.compile(r"^kl +(\S+) +(\S+)$", re.MULTILINE)
     before, after = map(float, kl.search(said).groups())
     assert before == 0 and after != 0, "before is before any training, after is the trained policy"
     assert kl.search(again).groups() == kl.search(said).groups(), "a run that is over reports the same again"
-    assert (out / "policy" / "model.safetensors").exists(), "and writes its policy if that is missing"
 
 
 @pytest.mark.filterwarnings("ignore:no response ended")
@@ -2505,14 +2503,24 @@ def test_a_run_that_stops_before_its_first_checkpoint_starts_again_the_same(tmp_
     assert same_but_for_timings(again, whole) and same_but_for_timings(written(tmp_path / "cut"), whole)
 
 
-def test_a_finished_run_resumes_to_nothing_more_to_do_and_its_policy(tmp_path):
+def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
     stopped_run(tmp_path / "run", 4)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    shutil.rmtree(tmp_path / "run" / "policy")  # killed between the last checkpoint and the policy
     policy, rest = go_on(tmp_path / "run")
     assert rest == [] and (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
     assert all(torch.equal(*pair) for pair in zip(policy.parameters(), saved.parameters()))
+
+
+def test_a_run_whose_last_checkpoint_is_written_has_its_policy(tmp_path, monkeypatch):
+    def killed(run, folder, save=rlaif.save_checkpoint):
+        if run.iteration == 4:
+            raise KeyboardInterrupt
+        save(run, folder)
+    monkeypatch.setattr(rlaif, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_run(tmp_path / "run", 4)
+    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
 
 def test_a_run_goes_on_in_a_copy_of_its_folder_and_leaves_the_first_alone(tmp_path, monkeypatch):
@@ -2871,7 +2879,7 @@ def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(
                for i in (1, 2)]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(ImportError, match="pip install matplotlib"):
+        with pytest.raises(ImportError, match="matplotlib"):
             rlaif.draw_history(history)
     pytest.importorskip("matplotlib")
     axes = rlaif.draw_history(history).axes

@@ -27,7 +27,7 @@ MISTAKES = {  # the function: what stands in it, and what a beginner writes
     "preference_loss": ("difference = scores_a - scores_b", "difference = scores_b - scores_a"),
     "judge_pairs": ("(prob_a + 1 - prob_first(responses_b, responses_a)) / 2",
                     "(prob_a + prob_first(responses_b, responses_a)) / 2"),
-    "generate": ("(logits / temperature).softmax", "logits.softmax"),
+    "generate": ("(logits.float() / temperature).softmax", "logits.float().softmax"),
     "update_beta": ("beta * (1 + min", "beta * (1 - min"),
 }
 
