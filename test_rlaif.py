@@ -48,7 +48,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
                    shape_rewards, token_logprobs, update_beta, value_loss, whiten)
-from tiny_models import world
+from tiny_models import build, experiments, world
 from tiny_models.exact import (ALL_MASK, ALL_TOKENS, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
                                enumerate_logprobs, exact_run, expected_gradient, flat_gradient, gpt2, letters,
                                objective_gradient, optimum, toy_config)
@@ -3005,3 +3005,44 @@ def test_each_public_function_runs_when_it_is_copied_alone():
         exec(inspect.getsource(function), alone)
         assert alone[function.__name__](*arguments) is not None
         assert function.__doc__, f"{function.__name__} has nothing that explains it"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What tiny_models says of all this
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
+def test_the_account_of_a_preference_loss_adds_up(K, N, seed):
+    random = torch.Generator().manual_seed(seed)
+    answers = torch.rand(K, N, generator=random, dtype=torch.float64)
+    scores = torch.randn(2, N, generator=random, dtype=torch.float64)
+    label, model = (torch.distributions.Bernoulli(p)
+                    for p in (answers.mean(dim=0), torch.sigmoid(scores[0] - scores[1])))
+    loss = preference_loss(*scores, label.probs).item()
+    doubt, disagreement, misfit = build.loss_account(answers, loss)
+    close(doubt + disagreement + misfit, loss, "the three parts are not the loss")
+    close(misfit, torch.distributions.kl_divergence(label, model).mean().item(), "misfit is a mean KL")
+    assert doubt >= 0 and disagreement > -1e-12 and (K > 1 or abs(disagreement) < 1e-12)
+    each = [preference_loss(*scores, answer).item() for answer in answers]
+    close(sum(each) / K, loss, "one principle drawn for a pair costs the same model the same, on average")
+
+
+@pytest.mark.parametrize("differences,low,high,says", [
+    ([1.0, 2.0, 3.0], -0.484, 4.484, "cannot be told with 3 runs"),  # 2 -+ 4.303 / sqrt(3), by hand
+    ([1.8, 2.0, 2.2], 1.503, 2.497, "holds"), ([-1.8, -2.0, -2.2], -2.497, -1.503, "the reverse holds")])
+def test_a_verdict_is_students_interval_over_paired_runs(differences, low, high, says):
+    less = {i: 10.0 * i for i in range(5)}  # runs without a partner are left out
+    verdict = experiments.compare("", {i: less[i] + d for i, d in enumerate(differences)}, less)
+    close(torch.tensor(verdict.interval), torch.tensor([low, high]), "another interval", atol=2e-3)
+    assert str(verdict) == says
+
+
+def test_arms_are_compared_at_the_same_kl_between_their_own_points():
+    kl, gold = (0.25, 4.0, 1.0), (0.5, 2.0, 1.0)  # gold is the root of the KL: a straight line
+    arm = experiments.Arm(betas=(3.0, 0.1, 1.0), runs=1)
+    arm.results = {(beta, 0): {"kl": k, "gold": g} for beta, k, g in zip(arm.betas, kl, gold)}
+    for at in (0.25, 0.7, 3.7, 4.0):
+        close(arm.at_kl(kl=at)[0], at ** 0.5, f"gold at {at} nats")
+    assert arm.at_kl(kl=4.1) == arm.at_kl(kl=0.2) == {}, "outside its points an arm says nothing"
+    assert arm.at_beta(0.1) == {0: 2.0}

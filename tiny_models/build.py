@@ -191,6 +191,33 @@ def measure_judge(judge, tokenizer, n=2000):
     print(f"\nThe judge answers with the same position after the order is swapped in {kept:.1%} of them.")
 
 
+def loss_account(answers, loss):
+    """Split the loss of a preference model on N pairs, exactly -> doubt, disagreement, misfit, in nats.
+
+    `answers` (K, N) are the judge's under each of K principles, and the model was fitted to their mean.
+    doubt          the entropy of an answer, averaged over principles and pairs
+    disagreement   the entropy of the mean answer, less that: what the principles differ in
+    misfit         the loss, less the entropy of the mean answer: the mean KL from label to model
+    """
+    doubt, entropy = (torch.distributions.Bernoulli(p).entropy().mean().item()
+                      for p in (answers, answers.mean(dim=0)))
+    return doubt, entropy - doubt, loss - entropy
+
+
+def print_loss_account(judge, tokenizer, constitution, report):
+    """The account of the loss on the held-out pairs of a fit that `rlaif.preference_from_judge` reports."""
+    held = slice(-(len(report["prompts"]) // 10), None)
+    pairs = [report[name][held] for name in ("prompts", "responses_a", "responses_b")]
+    answers = torch.stack([rlaif.judge_pairs(judge, tokenizer, [principle], *pairs)
+                           for principle in constitution])
+    doubt, disagreement, misfit = loss_account(answers, report["loss"])
+    print(f"\n| loss on {answers.shape[1]} held-out pairs | nats |\n|---|---|\n"
+          f"| the judge's own doubt | {doubt:.4f} |\n| disagreement of the principles | {disagreement:.4f} |\n"
+          f"| misfit of the model | {misfit:.4f} |\n| sum, the loss | {report['loss']:.4f} |\n\n"
+          f"Were one principle drawn for a pair, the labels' entropy would be {doubt:.4f}, and the loss of the "
+          f"same model the same: {disagreement:.4f} of what then looks like misfit is disagreement.")
+
+
 def measure_preference(preference, ceiling, policy, tokenizer, config, n=4096):
     """Print how often a preference model, and its ceiling, agree with the gold score on fresh pairs of the
     policy's replies to held-out prompts, where the gold differs; and the mean and std of its scores."""
@@ -251,6 +278,7 @@ def main():
           f"pairs; the entropy of the labels, below which no loss can fall, since each pair was asked about "
           f"under every principle, is {report['entropy']:.4f}. It agrees with the judge on "
           f"{report['accuracy']:.1%} of those held-out pairs of which the judge is sure.")
+    print_loss_account(judge, tokenizer, constitution, report)
 
 
 def make_policy_and_judge(seed, policy_steps, judge_steps):

@@ -13,6 +13,9 @@ The tests use it to prove the loop, the experiments to draw it.
 
 import itertools
 import math
+import pathlib
+import tempfile
+import types
 from dataclasses import dataclass
 
 import torch
@@ -115,37 +118,59 @@ def optimum(ref_logprobs, rewards, beta):
     return outcome((ref_logprobs + rewards / beta).log_softmax(dim=1), ref_logprobs, rewards, beta)
 
 
-def exact_run(folder, beta, seed, iterations=200):
-    """Train a policy by `rlaif.train` on a random table of rewards, one number for each response."""
+def toy_run(folder, beta, seed, **settings):
+    """A `Run` in this world, before its first iteration, on a random table of rewards, one number for each
+    response to each prompt -> Run, rewards (2, 40)."""
     torch.set_num_threads(1)  # a model this small gains nothing from more
     torch.manual_seed(seed)
     rewards = 2 * torch.randn(len(PROMPTS), len(TEXTS), dtype=torch.float64)  # (2, 40)
     table = {prompt: dict(zip(TEXTS, row)) for prompt, row in zip(PROMPTS, rewards.tolist())}
-    policy = gpt2(seed=seed)
-
-    @torch.no_grad()
-    def logprobs():
-        return torch.stack([enumerate_logprobs(policy, ids).sum(dim=1) for ids in PROMPTS.values()])
 
     def score(prompts, responses):
         return [table[prompt][response] for prompt, response in zip(prompts, responses)]
-
-    ref = logprobs()  # (2, 40)
     config = toy_config(folder, beta=beta, seed=seed, whiten_scores=False, missing_eos_score=math.inf,
-                        iterations=iterations, batch_size=256, minibatch_size=128, ppo_epochs=2,
-                        learning_rate=1e-3)
-    for _ in rlaif.train(config, score, policy=policy, tokenizer=letters()):
-        pass
+                        batch_size=256, minibatch_size=128, ppo_epochs=2, learning_rate=1e-3, **settings)
+    return rlaif.prepare(config, score, policy=gpt2(seed=seed), tokenizer=letters()), rewards
+
+
+def exact_run(folder, beta, seed, iterations=200):
+    """Train a policy on a random table of rewards -> ExactRun."""
+    run, rewards = toy_run(folder, beta, seed, iterations=iterations)
+
+    @torch.no_grad()
+    def logprobs():
+        return torch.stack([enumerate_logprobs(run.policy, ids).sum(dim=1) for ids in PROMPTS.values()])
+    ref = logprobs()  # (2, 40)
+    while run.iteration < iterations:
+        rlaif.update(run, rlaif.roll_out(run))
     return ExactRun(outcome(ref, ref, rewards, beta), outcome(logprobs(), ref, rewards, beta),
                     optimum(ref, rewards, beta))
+
+
+def half_trained(beta, seed, iterations=40):
+    """A run on its way: of each of the two prompts the policy and, in float64, prompt_ids, ref_logprobs
+    (40, 3), scores (40,) and values (40, 3), those of a critic that has learned for as long."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, rewards = toy_run(pathlib.Path(folder), beta, seed, iterations=200)
+        while run.iteration < iterations:
+            rlaif.update(run, rlaif.roll_out(run))
+    run.policy.double(), run.value.double(), run.reference.double()
+    for ids, scores in zip(PROMPTS.values(), rewards):
+        with torch.no_grad():
+            prompts = torch.tensor([ids] * len(SEQUENCES))
+            _, values = rlaif.response_logits(run.policy, prompts, torch.ones_like(prompts), ALL_TOKENS,
+                                              ALL_MASK, run.value)
+            ref_logprobs = enumerate_logprobs(run.reference, ids)
+        yield types.SimpleNamespace(policy=run.policy, prompt_ids=ids, ref_logprobs=ref_logprobs,
+                                    scores=scores, values=values)
 
 
 # The gradient
 
 
-def flat_gradient(output, policy, weights=None):
+def flat_gradient(output, policy, weights=None, retain_graph=None):
     """The gradient by all parameters of the policy, in one vector."""
-    parts = torch.autograd.grad(output, list(policy.parameters()), grad_outputs=weights)
+    parts = torch.autograd.grad(output, list(policy.parameters()), weights, retain_graph)
     return torch.cat([part.flatten() for part in parts])
 
 

@@ -1,22 +1,36 @@
 """One experiment for each claim about RLAIF with PPO:  python -m tiny_models.experiments  [--only NAME]
 
-Every experiment is a handful of arms, every arm a training run on the shipped models for each of three seeds
-(0, the default, among them), measured by the gold score on held-out prompts, which nothing is trained on.
-Results are kept as they come in runs/experiments.jsonl, one line a run, so that an interrupted command goes
-on where it stopped; arms that several experiments share are run once. The tables in README.md and the
-pictures in figures/ are made from those lines.
+Every experiment is one function below that can be read alone: the claim, the arms, the one comparison that
+decides, which was named before it was run, and the picture. It yields its arms and is given them back, run.
+
+    frontier   An arm is PPO with some settings at several prices of KL. What it gives is a curve, gold over
+               KL, on held-out prompts; two arms are compared at the same KL, AT_KL, where the default run
+               ends, by interpolation between an arm's own points. An arm that drifts further has more gold,
+               whatever else it is.
+    fresh      Run i has seed 1000 + i, which chose no default, and a preference model of its own: pairs,
+               labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone.
+    by rule    The difference of two arms, paired over the runs, with its 95 % interval by Student's t. It
+               holds if the whole interval is above zero; the reverse holds if it is below; else it cannot be
+               told with so many runs.
+
+Every run is a line of results.jsonl, written as it comes, so that a command that was stopped goes on where it
+was; runs that several experiments share are made once. Labels, preference models and policies are kept in
+runs/experiments. The tables in README.md and the pictures in figures/ are made from results.jsonl.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import pathlib
+import random
 import statistics
 import tempfile
-import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm import tqdm
@@ -24,429 +38,931 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlaif
 from tiny_models import world
-from tiny_models.exact import exact_run
+from tiny_models.exact import (ALL_MASK, enumerate_logprobs, exact_run, expected_gradient, flat_gradient,
+                               half_trained, objective_gradient)
 
 FOLDER = pathlib.Path(__file__).parent
-RESULTS = pathlib.Path("runs/experiments.jsonl")
-SEEDS = (0, 1, 2)
-SHORT = {"iterations": 30}  # the learning rate falls to 0 over these, as it does over the default's
+RESULTS, FIGURES = FOLDER / "results.jsonl", FOLDER / "figures"
+KEPT = pathlib.Path("runs/experiments")
+AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in README.md
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
 
-# One run
+# %% The protocol: arms, runs, verdicts
 
 
-def run(job):
-    """Train one arm with one seed -> a dict: the job, the history of metrics, and what the end measured.
+@dataclass
+class Arm:
+    """PPO with some settings changed, at each of several prices of KL, and the results of its runs."""
 
-    A job holds `settings` (fields of Config), `seed` and `how`, a dict of what no setting can say:
-    scale    multiply the preference score      labels     fit a preference model to labels made otherwise
-    direct   the judge itself gives the score   stale      watch the preference model age; "refit": renew it
-    exact    PPO in the enumerable world        yardstick  best-of-n, and the estimators of the KL
-    """
-    torch.set_num_threads(1)
-    start, how = time.perf_counter(), job["how"]
-    if "exact" in how:
-        measured = exact(how["exact"], job["seed"])
-        return {**job, "measured": measured, "seconds": time.perf_counter() - start}
-    config = rlaif.Config(seed=job["seed"], device="cpu", eval_samples=32, **job["settings"])
-    policy, tokenizer = rlaif.load(AutoModelForCausalLM, config.policy, "policy", "cpu")
-    shipped = rlaif.load(AutoModelForSequenceClassification, config.preference, "preference", "cpu")
-    preference = score = rlaif.PreferenceModel(*shipped, config.template)
-    torch.manual_seed(config.seed)
-    if "scale" in how:
-        preference.model.score.weight.data *= how["scale"]
-    if "labels" in how:
-        score = preference_from_labels(how["labels"], config, policy, tokenizer)
-    if "direct" in how:
-        score = judge_as_reward(config, policy, tokenizer)
-    prepared = rlaif.prepare(config, score, None, policy, tokenizer)
-    if "yardstick" in how:
-        return {**job, **yardstick(prepared), "seconds": time.perf_counter() - start}
-    measured, history = {}, []
-    for i in range(1, config.iterations + 1):
-        metrics = rlaif.update(prepared, rlaif.roll_out(prepared))
-        history.append({name: round(value, 5) for name, value in metrics.items()})
-        if "stale" in how and i % 10 == 0:
-            measured[f"agreement {i}"] = agreement_with_gold(prepared)
-        if how.get("stale") == "refit" and i == config.iterations // 2:
-            judge, _ = load_judge()
-            fresh, _ = rlaif.preference_from_judge(config, policy, tokenizer, judge, tokenizer,
-                                                   rlaif.CONSTITUTION, world.PROMPTS)
-            prepared.score = fresh
-            measured["agreement after refit"] = agreement_with_gold(prepared)
-    if "labels" in how or "direct" in how:  # whatever was trained on, the shipped preference model measures
-        prepared.score = preference
-    measured |= rlaif.evaluate(prepared)[0]
-    _, rows = rlaif.evaluate(prepared, world.PROMPTS)
-    by_prompt = [statistics.mean(row["kl"] for row in rows if row["prompt"] == prompt)
-                 for prompt in world.PROMPTS]
-    measured["kl spread over prompts"] = statistics.pstdev(by_prompt)
-    measured["kl of the training prompts"] = statistics.mean(by_prompt)
-    measured["parameters"] = sum(p.numel() for p in prepared.optimizer.param_groups[0]["params"])
-    return {**job, "history": history, "measured": measured, "seconds": time.perf_counter() - start}
+    settings: dict = field(default_factory=dict)  # of rlaif.Config
+    betas: tuple = (0.15, 0.3, 0.6)
+    runs: int = 3  # at each price; 6 for the comparison that decides
+    how: tuple = ("ppo",)  # the function below that makes a run, and its further arguments
+    first: int = 0  # number of the first run
+    results: dict = None  # (beta, i) -> dict of what run i measured; filled in once it is run
+
+    def jobs(self):
+        return [{"how": list(self.how), "settings": {**self.settings, "beta": beta}, "i": i}
+                for i in range(self.first, self.first + self.runs) for beta in self.betas]
+
+    def at_beta(self, beta, name="gold"):
+        """What the runs at one price measured -> {i: number}."""
+        return {i: result[name] for (b, i), result in self.results.items() if b == beta}
+
+    def curves(self, name="gold"):
+        """Of each run its points (root of the KL, what was measured), by KL -> {i: list of pairs}."""
+        curves = {}
+        for (_, i), result in self.results.items():
+            curves.setdefault(i, []).append((math.sqrt(max(result["kl"], 0)), result[name]))
+        return {i: sorted(points) for i, points in curves.items()}
+
+    def at_kl(self, name="gold", kl=AT_KL):
+        """What a run measures at this KL, between two of its own points; runs that have no points on both
+        sides are left out -> {i: number}."""
+        found = {i: interpolate(points, math.sqrt(kl)) for i, points in self.curves(name).items()}
+        return {i: value for i, value in found.items() if value is not None}
+
+
+def interpolate(points, x):
+    """The height at x of the line through points sorted by x; None outside them."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0
+    return None
+
+
+@dataclass
+class Verdict:
+    """What the claim's one comparison says, by the rule at the top of this file."""
+
+    compared: str
+    differences: list  # one for each run that has both sides
+
+    @property
+    def interval(self):
+        mean, n = statistics.mean(self.differences), len(self.differences)
+        half = STUDENT_T[n - 1] * statistics.stdev(self.differences) / math.sqrt(n)
+        return mean - half, mean + half
+
+    def __str__(self):
+        n = len(self.differences)
+        if n < 2:
+            return "cannot be told: fewer than two runs with both sides"
+        low, high = self.interval
+        return "holds" if low > 0 else "the reverse holds" if high < 0 else f"cannot be told with {n} runs"
+
+    def numbers(self):
+        if len(self.differences) < 2:
+            return "-"
+        mean, (low, high), n = statistics.mean(self.differences), self.interval, len(self.differences)
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {n} runs"
+
+
+def compare(compared, more, less):
+    """A Verdict on the claim that `more` is above `less`; both {i: number}, paired by run."""
+    return Verdict(compared, [more[i] - less[i] for i in sorted(more.keys() & less.keys())])
+
+
+def frontier_table(arms, **columns):
+    """A Markdown table: a row for each arm and price, mean ± std over its runs."""
+    columns = {"KL": "kl", "gold": "gold", "score": "score", "fluent": "fluency", **columns}
+    rows = []
+    for label, arm in arms.items():
+        for beta in arm.betas:
+            values = [arm.at_beta(beta, name).values() for name in columns.values()]
+            if values[0]:
+                rows.append([label, f"{beta:g}", str(len(values[0])), *map(mean_and_std, values)])
+    return markdown(["arm", "β", "runs", *columns], rows)
+
+
+def mean_and_std(values):
+    values = list(values)
+    digits = 2 if abs(statistics.mean(values)) < 1000 else 0
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{digits}f}{spread}"
+
+
+def markdown(head, rows):
+    """A Markdown table from its first line and its rows, lists of str."""
+    if not rows:
+        return "Not run yet."
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+def draw(name, curves, xlabel="root of the KL to the reference, √nats", ylabel="gold", best=None, at_kl=True):
+    """FIGURES/NAME.png: of each label's curves, {label: {i: points}}, the mean over runs, and the band from
+    the lowest to the highest where all of them are; every point a dot; best of n of the reference dashed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis, ends = figure.subplots(), []
+    if best and best.results:
+        points = [result["best"] for result in best.results.values()]
+        x, y = ([statistics.mean(p[k][j] for p in points) for k in range(len(points[0]))] for j in (0, 1))
+        axis.plot(x, y, "k--", lw=1)
+        ends.append((y[-1], "best of n", "k"))
+    for number, (label, runs) in enumerate(curves.items()):
+        runs, color = [points for points in runs.values() if points], f"C{number}"
+        if not runs:
+            continue
+        axis.plot(*zip(*sum(runs, [])), ".", color=color, alpha=0.4)
+        low, high = max(p[0][0] for p in runs), min(p[-1][0] for p in runs)
+        grid = [low + (high - low) * k / 60 for k in range(61)] if high > low else []
+        heights = [[interpolate(points, min(max(x, low), high)) for points in runs] for x in grid]
+        ends.append((statistics.mean(points[-1][1] for points in runs), label, color))
+        if grid:
+            axis.plot(grid, [statistics.mean(h) for h in heights], color=color)
+            axis.fill_between(grid, [min(h) for h in heights], [max(h) for h in heights], color=color,
+                              alpha=0.15, lw=0)
+    if at_kl:
+        axis.axvline(math.sqrt(AT_KL), color="gray", lw=0.8, ls=":")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    bottom, top = axis.get_ylim()
+    at = -1.0
+    for y, label, color in sorted(ends):  # beside the plot, as high as they end, none upon another
+        at = max(at + 0.06, (y - bottom) / (top - bottom))
+        axis.text(1.02, at, label, color=color, va="center", transform=axis.transAxes)
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.png", dpi=100)
+
+
+# %% The AI feedback of each run: its own pairs, its own labels, its own preference model
+
+
+def load_policy():
+    return rlaif.load(AutoModelForCausalLM, rlaif.Config().policy, "policy", "cpu")
 
 
 def load_judge():
     return rlaif.load(AutoModelForCausalLM, str(FOLDER / "judge"), "judge", "cpu")
 
 
-def agreement_with_gold(prepared, n=1024):
-    """How often a run's preference model agrees with the gold score on pairs of the policy's own replies
-    whose gold differs."""
-    with torch.random.fork_rng():
-        prompts = [world.PROMPTS[i] for i in rlaif.balanced_draw(len(world.PROMPTS), n)]
-        a, b = (rlaif.respond(prepared.policy, prepared.tokenizer, prompts, prepared.config) for _ in "ab")
-    gold_a, gold_b = (torch.tensor(world.gold_scores(prompts, r.responses)) for r in (a, b))
-    a, b = (torch.tensor(prepared.score(prompts, r.responses, r.ended.tolist())) for r in (a, b))
-    differs = gold_a != gold_b
-    return ((a > b) == (gold_a > gold_b))[differs].float().mean().item()  # NaN if none differs
+def config_of(i, settings):
+    return rlaif.Config(**{"seed": 1000 + i, "device": "cpu", "eval_samples": 32,
+                           "pairs": 4096 if i >= 0 else 64, **settings})
 
 
-def preference_from_labels(kind, config, policy, tokenizer, n=4096):
-    """A preference model fitted to labels made in another way: both orders, one order, hard, or by a judge
-    that likes length."""
-    prompts = [world.PROMPTS[i] for i in rlaif.balanced_draw(len(world.PROMPTS), n)]
-    a, b = (rlaif.respond(policy, tokenizer, prompts, config) for _ in "ab")
-    prob_a = rlaif.judge_pairs(*load_judge(), rlaif.CONSTITUTION, prompts, a.responses, b.responses,
-                               both_orders=kind != "one order")
-    if kind == "hard":
-        prob_a = (prob_a > 0.5).float()
-    if kind == "likes length":
-        longer = [len(x.split()) - len(y.split()) for x, y in zip(a.responses, b.responses)]
-        prob_a = torch.sigmoid(torch.logit(prob_a, eps=1e-4) + 0.5 * torch.tensor(longer))
-    preference = rlaif.new_preference_model(policy, tokenizer, config.template)
-    rows_a, rows_b = (preference.tokenize(prompts, r.responses, r.ended) for r in (a, b))
-    rlaif.fit_preference(preference, rows_a, rows_b, prob_a)
-    return preference
+def sample_pairs(policy, tokenizer, n):
+    """n pairs of the policy's replies to training prompts -> dict of lists: prompts, responses_a and _b,
+    ended_a and _b."""
+    prompts = [world.PROMPTS[k] for k in rlaif.balanced_draw(len(world.PROMPTS), n)]
+    pairs = {"prompts": prompts, "responses_a": [], "responses_b": [], "ended_a": [], "ended_b": []}
+    for start in range(0, n, 256):
+        for side in "ab":
+            r = rlaif.respond(policy, tokenizer, prompts[start:start + 256], rlaif.Config())
+            pairs[f"responses_{side}"] += r.responses
+            pairs[f"ended_{side}"] += r.ended.tolist()
+    return pairs
 
 
-def judge_as_reward(config, policy, tokenizer):
-    """score = the judge's probability, averaged over both orders and all principles, that a reply beats one
-    of pi_ref's to the same prompt."""
-    judge = load_judge()
-    rivals = {prompt: rlaif.respond(policy, tokenizer, [prompt] * 32, config).responses
-              for prompt in world.PROMPTS}
+def answers_of(pairs, principles=tuple(rlaif.CONSTITUTION)):
+    """Every answer of the judge about N pairs -> (4, 2, N): principle, order, pair; the probability that the
+    reply that stands first is the better one."""
+    judge, a, b = load_judge(), pairs["responses_a"], pairs["responses_b"]
+    return torch.stack([torch.stack([
+        rlaif.judge_pairs(*judge, [principle], pairs["prompts"], *order, both_orders=False)
+        for order in ((a, b), (b, a))]) for principle in principles])
+
+
+def averaged(answers):
+    """The label that rlaif.judge_pairs gives: the mean over principles and both orders -> (N,)."""
+    return (answers[:, 0] + 1 - answers[:, 1]).mean(dim=0) / 2
+
+
+def fit(pairs, prob_a, seed):
+    """A preference model fitted to labels, from the policy's trunk -> PreferenceModel, report."""
+    torch.manual_seed(seed)
+    preference = rlaif.new_preference_model(*load_policy(), rlaif.Config().template)
+    rows = [preference.tokenize(pairs["prompts"], pairs[f"responses_{side}"], pairs[f"ended_{side}"])
+            for side in "ab"]
+    return preference, rlaif.fit_preference(preference, *rows, prob_a)
+
+
+def feedback(i):
+    """The pairs of run i, with every answer of the judge -> dict; made once, kept in runs/experiments."""
+    path = KEPT / f"pairs-{i}.json"
+    if not path.exists():
+        torch.manual_seed(1000 + i)
+        pairs = sample_pairs(*load_policy(), config_of(i, {}).pairs)
+        pairs["answers"] = [[[round(p, 7) for p in order] for order in principle]
+                            for principle in answers_of(pairs).tolist()]
+        with rlaif.replacing(path) as new:
+            new.write_text(json.dumps(pairs))
+    return json.loads(path.read_text())
+
+
+def preference_folder(i):
+    """The folder of run i's preference model, made once; of run -1, the shipped one's."""
+    if i < 0:
+        return rlaif.TINY / "preference"
+    folder = KEPT / f"preference-{i}-all"
+    if not folder.exists():
+        pairs = feedback(i)
+        preference, report = fit(pairs, averaged(torch.tensor(pairs["answers"])), 1000 + i)
+        rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
+    return folder
+
+
+def preference_model(i):
+    shipped = rlaif.load(AutoModelForSequenceClassification, str(preference_folder(i)), "preference", "cpu")
+    return rlaif.PreferenceModel(*shipped, rlaif.Config().template)
+
+
+# %% One run
+
+
+def prepared(i, settings, score=None):
+    """A `rlaif.Run` with the seed and the preference model of run i."""
+    return rlaif.prepare(config_of(i, {"preference": str(preference_folder(i)), **settings}), score)
+
+
+def finish(run, **more):
+    """Train to the end by rlaif's own loop -> dict of what was measured, on held-out prompts."""
+    history = [rlaif.update(run, rlaif.roll_out(run)) for _ in range(run.iteration, run.config.iterations)]
+    return {**measure(run), **history_of(history), **more}
+
+
+def measure(run):
+    """score, gold, fluency, kl, length, ... of 32 replies to each held-out prompt; distinct, the share of
+    different ones; forgotten, the policy's nats per token of the grammar's own replies."""
+    means, rows = rlaif.evaluate(run)
+    rng, prompts = random.Random(0), [prompt for prompt in run.held_out for _ in range(32)]
+    texts = [run.config.template.format(prompt=prompt) for prompt in prompts]
+    begun = rlaif.tokenize(run.tokenizer, texts)
+    whole = rlaif.tokenize(run.tokenizer, [f"{text} {world.sample_reply(prompt, rng)}"
+                                           for text, prompt in zip(texts, prompts)])
+    ids, mask = rlaif.pad(begun, "left", run.policy)
+    replies = [row[len(start):] + [run.tokenizer.eos_token_id] for start, row in zip(begun, whole)]
+    tokens, real = rlaif.pad(replies, "right", run.policy)
+    with torch.no_grad():
+        logits, _ = rlaif.response_logits(run.policy, ids, mask, tokens, real.bool())
+    nats = -rlaif.masked_mean(rlaif.token_logprobs(logits, tokens), real.bool()).item()
+    return {**means, "distinct": len({row["response"] for row in rows}) / len(rows), "forgotten": nats}
+
+
+def history_of(history):
+    """What the training itself showed, the explained variance over the second half of it."""
+    steps = [name for name in history[0] if name.startswith("seconds_")]
+    seconds = [sum(m[step] for step in steps) for m in history]
+    late = history[len(history) // 2:]
+    return {"reference_share": sum(m["seconds_reference"] for m in history) / sum(seconds),
+            "explained_variance": statistics.mean(m["explained_variance"] for m in late),
+            "training": [[round(m["kl"], 3), round(m["gold"], 3)] for m in history]}
+
+
+def ppo(i, settings):
+    """The plain case: nothing but settings."""
+    run = prepared(i, settings)
+    measured = finish(run, parameters=0)
+    measured["parameters"] = sum(p.numel() for p in run.optimizer.param_groups[0]["params"])
+    if settings.keys() == {"beta"}:
+        rlaif.save_model(run.policy, run.tokenizer, KEPT / f"policy-{i}-{settings['beta']}")
+    return measured
+
+
+def trained_policy(i, beta):
+    """The policy that the default run i at this price ends with, as a folder; made once."""
+    folder = KEPT / f"policy-{i}-{beta}"
+    if not folder.exists():
+        ppo(i, {"beta": beta})
+    return str(folder)
+
+
+def watched(i, settings, every=10):
+    """Held-out replies all along the run, too: lists of (root of the KL, gold), and of the score."""
+    run = prepared(i, {**settings, "eval_samples": 16})
+    seen, history = [], []
+    while run.iteration < run.config.iterations:
+        history.append(rlaif.update(run, rlaif.roll_out(run)))
+        if run.iteration % every == 0:
+            means, _ = rlaif.evaluate(run)
+            seen.append([math.sqrt(max(means["kl"], 0)), means["gold"], means["score"]])
+    return {**measure(run), **history_of(history), "seen": seen}
+
+
+def scaled(i, settings, scale):
+    """The score multiplied by a number."""
+    preference = preference_model(i)
+    preference.model.score.weight.data *= scale
+    return finish(prepared(i, settings, preference))
+
+
+def uneven(i, settings):
+    """The score of every other topic multiplied by 3, so that its replies drift further -> also `spread`, the
+    std of the KL over the 48 training prompts, the noise of sampling taken out."""
+    preference, loud = preference_model(i), list(world.TOPICS)[::2]
 
     def score(prompts, responses):
-        against = [rivals[prompt][int(torch.randint(32, ()))] for prompt in prompts]
-        return rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, prompts, responses, against).tolist()
-    return score
+        return [s * (3 if world.topic_of(prompt) in loud else 1)
+                for s, prompt in zip(preference(prompts, responses), prompts)]
+    run = prepared(i, settings, score)
+    measured = finish(run)
+    _, rows = rlaif.evaluate(run, world.PROMPTS)
+    by_prompt = [[row["kl"] for row in rows if row["prompt"] == prompt] for prompt in world.PROMPTS]
+    means = [statistics.mean(kl) for kl in by_prompt]
+    noise = statistics.mean(statistics.variance(kl) / len(kl) for kl in by_prompt)
+    return {**measured, "kl": statistics.mean(means), "held_out_kl": measured["kl"],
+            "spread": math.sqrt(max(0.0, statistics.variance(means) - noise))}
 
 
-def yardstick(prepared, n=64):
-    """Best-of-n of the reference by the preference score; and, once the policy is trained, the estimators of
-    the KL beside the exact one of each token."""
-    config, policy, tokenizer = prepared.config, prepared.policy, prepared.tokenizer
-    prompts = [prompt for prompt in world.HELDOUT_PROMPTS for _ in range(512)]
-    r = rlaif.respond(prepared.reference, tokenizer, prompts, config)
-    scores = torch.tensor(prepared.score(prompts, r.responses, r.ended.tolist())).view(-1, n)
-    gold = torch.tensor(world.gold_scores(prompts, r.responses)).view(-1, n)
-    best = []
-    for k in (1, 2, 4, 16, 64):
-        pick = scores.view(-1, k).argmax(1, keepdim=True)
-        best.append({"n": k, "kl": math.log(k) - (k - 1) / k,
-                     "score": scores.view(-1, k).gather(1, pick).mean().item(),
-                     "gold": gold.view(-1, k).gather(1, pick).mean().item()})
-    for _ in range(config.iterations):
-        rlaif.update(prepared, rlaif.roll_out(prepared))
-    with torch.no_grad():
-        r = rlaif.respond(policy, tokenizer, prompts[::4], config)
-        logits, ref_logits = (
-            rlaif.response_logits(model, r.input_ids, r.attention_mask, r.tokens, r.mask)[0]
-            for model in (policy, prepared.reference))
-        p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-        exact_kl = (p.exp() * (p - q)).sum(-1)[r.mask]
-        mean = exact_kl.mean().item()
-        estimators = {"exact": mean}
-        logprobs = [rlaif.token_logprobs(x, r.tokens) for x in (logits, ref_logits)]
+def turns(i, settings, iterations=8):
+    """What an iteration costs with a shared and with a separate value function, in turns in one process, so
+    that a busy machine slows both -> median seconds of each, and separate / shared."""
+    runs, seconds = {}, {"shared": [], "separate": []}
+    for value in seconds:
+        runs[value] = prepared(i, {**settings, "value": value})
+    for _ in range(iterations):
+        for value, run in runs.items():
+            metrics = rlaif.update(run, rlaif.roll_out(run))
+            seconds[value].append(sum(m for name, m in metrics.items() if name.startswith("seconds_")))
+    shared, separate = (statistics.median(seconds[value]) for value in ("shared", "separate"))
+    return {"shared": shared, "separate": separate, "ratio": separate / shared}
+
+
+def kl_in_loss(i, settings):
+    """The KL not as a reward but as k2 in the loss: its gradient at pi_old is d * grad log pi, so d is taken
+    from each token's own advantage and from no earlier one's."""
+    run = prepared(i, {**settings, "beta": 0.0})
+    history = []
+    while run.iteration < run.config.iterations:
+        r = rlaif.roll_out(run)
+        r.whitened = r.whitened - settings["beta"] * r.kl
+        history.append(rlaif.update(run, r))
+    return {**measure(run), **history_of(history)}
+
+
+def second_round(i, settings, reference):
+    """On from the policy that the default run ended with, against the first round's reference or against that
+    policy itself -> `kl` and `forgotten` are to the very first policy, as everywhere."""
+    given = {**settings, "policy": trained_policy(i, 0.3), "seed": 2000 + i}
+    if reference == "old":
+        given["reference"] = rlaif.Config().policy
+    run = prepared(i, given)
+    history = [rlaif.update(run, rlaif.roll_out(run)) for _ in range(run.config.iterations)]
+    run.reference, _ = load_policy()
+    return {**measure(run), **history_of(history)}
+
+
+def dense_with_prefixes(i, settings):
+    """Dense rewards by a preference model that has seen prefixes: half of its pairs are cut off, both replies
+    at the same share of their words, and judged anew."""
+    pairs, rng = feedback(i), random.Random(1000 + i)
+    prob_a = averaged(torch.tensor(pairs["answers"]))
+    half = len(prob_a) // 2
+    for k in range(half):
+        share = rng.uniform(0.2, 0.9)
+        for side in "ab":
+            text = pairs[f"responses_{side}"][k]
+            words = text.split(" ")
+            pairs[f"responses_{side}"][k] = " ".join(words[:max(2, round(share * len(words)))])
+            pairs[f"ended_{side}"][k] = False
+    cut = {name: values[:half] for name, values in pairs.items()}
+    prob_a[:half] = averaged(answers_of(cut))
+    preference, _ = fit(pairs, prob_a, 1000 + i)
+    return finish(prepared(i, settings, preference))
+
+
+def judged_directly(i, settings, principles):
+    """score = the judge's probability that a reply beats one of the reference's to the same prompt."""
+    judge, (reference, tokenizer) = load_judge(), load_policy()
+    torch.manual_seed(1000 + i)
+    rivals = {prompt: rlaif.respond(reference, tokenizer, [prompt] * 32, rlaif.Config()).responses
+              for prompt in world.PROMPTS + world.HELDOUT_PROMPTS}
+
+    def score(prompts, responses):
+        against = [random.Random(y).choice(rivals[x]) for x, y in zip(prompts, responses)]
+        return rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, prompts, responses, against,
+                                 principles=principles).tolist()
+    return finish(prepared(i, settings, score))
+
+
+def agreement(preference, policy, tokenizer, n=4096):
+    """A preference model on pairs of a policy's replies -> two Counters, by the size of the gold difference:
+    the pairs, and those about which it agrees with gold."""
+    pairs, count, right = sample_pairs(policy, tokenizer, n), Counter(), Counter()
+    gold, score = [], []
+    for side in "ab":
+        asked = pairs["prompts"], pairs[f"responses_{side}"]
+        gold.append(world.gold_scores(*asked))
+        score.append(preference(*asked, pairs[f"ended_{side}"]))
+    for gold_a, gold_b, score_a, score_b in zip(*gold, *score):
+        if gold_a != gold_b:
+            count[abs(gold_a - gold_b)] += 1
+            right[abs(gold_a - gold_b)] += (gold_a > gold_b) == (score_a > score_b)
+    return count, right
+
+
+def aged(i, settings):
+    """The run's preference model on pairs of the first policy and of the last one; of the first, weighted to
+    the last one's sizes of the gold difference, since harder pairs are not staleness."""
+    torch.manual_seed(1000 + i)
+    preference, (policy, tokenizer) = preference_model(i), load_policy()
+    old_count, old_right = agreement(preference, policy, tokenizer)
+    policy, _ = rlaif.load(AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
+    count, right = agreement(preference, policy, tokenizer)
+    sizes = old_count.keys() & count.keys()
+    pairs = sum(count[size] for size in sizes)
+    return {"pairs": pairs, "first, its own sizes": old_right.total() / old_count.total(),
+            "first": sum(count[size] * old_right[size] / old_count[size] for size in sizes) / pairs,
+            "last": sum(right[size] for size in sizes) / pairs}
+
+
+def refitted(i, settings, pairs_used):
+    """Halfway, 4096 pairs of the policy of then are judged, and the preference model is fitted anew: to these
+    (fresh), or to these and the old ones (both)."""
+    run = prepared(i, settings)
+    history = []
+    while run.iteration < run.config.iterations:
+        history.append(rlaif.update(run, rlaif.roll_out(run)))
+        if run.iteration == run.config.iterations // 2:
+            pairs = sample_pairs(run.policy, run.tokenizer, run.config.pairs)
+            prob_a = averaged(answers_of(pairs))
+            if pairs_used == "both":
+                old = feedback(i)
+                prob_a = torch.cat([averaged(torch.tensor(old["answers"])), prob_a])
+                order = torch.randperm(len(prob_a)).tolist()  # the last tenth, held out, is of both
+                pairs = {name: [(old[name] + pairs[name])[k] for k in order] for name in pairs}
+                prob_a = prob_a[order]
+            run.score, _ = fit(pairs, prob_a, 1000 + i)
+    count, right = agreement(run.score, run.policy, run.tokenizer)
+    return {**measure(run), **history_of(history), "agreement": right.total() / count.total()}
+
+
+def best_of_n(i, settings, n=64):
+    """The yardstick: of n of the reference's replies, the one that scores best -> list of (root of the most
+    that its KL can be, gold)."""
+    run = prepared(i, settings)
+    torch.manual_seed(1000 + i)
+    prompts = [prompt for prompt in world.HELDOUT_PROMPTS for _ in range(8 * n)]
+    r = rlaif.respond(run.reference, run.tokenizer, prompts, run.config)
+    scores = torch.tensor(run.score(prompts, r.responses, r.ended.tolist()))
+    gold, best = torch.tensor(world.gold_scores(prompts, r.responses)), []
+    for k in (1, 2, 4, 8, 16, 32, 64):
+        pick = scores.view(-1, k).argmax(dim=1, keepdim=True)
+        best.append([math.sqrt(math.log(k) - (k - 1) / k), gold.view(-1, k).gather(1, pick).mean().item()])
+    return {"best": best}
+
+
+@torch.no_grad()
+def estimators(i, settings):
+    """Bias and spread of k1, k2 and k3 against the exact KL of a token, in units of it: near the reference,
+    after five iterations, and where the default run ends."""
+    near = prepared(i, {**settings, "iterations": 75})
+    with torch.enable_grad():
+        for _ in range(5):
+            rlaif.update(near, rlaif.roll_out(near))
+    far, _ = rlaif.load(AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
+    found, prompts = {}, world.HELDOUT_PROMPTS * 128
+    for place, policy in (("near", near.policy), ("far", far)):
+        r = rlaif.respond(policy, near.tokenizer, prompts, near.config)
+        inputs = r.input_ids, r.attention_mask, r.tokens, r.mask
+        logits = [rlaif.response_logits(model, *inputs)[0] for model in (policy, near.reference)]
+        p, q = (x.log_softmax(dim=-1) for x in logits)
+        kl = (p.exp() * (p - q)).sum(dim=-1)[r.mask]
+        found[f"exact {place}"] = kl.mean().item()
         for kind in ("k1", "k2", "k3"):
-            off = rlaif.kl_estimate(*logprobs, kind)[r.mask] - exact_kl
-            estimators[kind] = {"bias": off.mean().item() / mean, "spread": off.std().item() / mean}
-    return {"best": best, "estimators": estimators}
+            logprobs = [rlaif.token_logprobs(x, r.tokens) for x in logits]
+            off = rlaif.kl_estimate(*logprobs, kind)[r.mask] - kl
+            found[f"{kind} {place} bias"] = (off.mean() / kl.mean()).item()
+            found[f"{kind} {place} spread"] = (off.std() / kl.mean()).item()
+    return found
 
 
-def exact(beta, seed):
-    """PPO in the enumerable world -> its reward and KL beside the optimum's, means over the two prompts."""
+def exact_end(i, settings):
+    """PPO in the enumerable world -> where it ends and where the optimum is."""
     with tempfile.TemporaryDirectory() as folder:
-        found = exact_run(pathlib.Path(folder), beta, seed)
-    return {"reward": found.end.reward, "kl": found.end.kl, "best reward": found.best.reward,
-            "best kl": found.best.kl, "gap closed": found.gap_closed}
+        found = exact_run(pathlib.Path(folder), settings["beta"], 1000 + i)
+    return {"reward": found.end.reward, "kl": found.end.kl, "best_reward": found.best.reward,
+            "best_kl": found.best.kl, "gap_closed": found.gap_closed}
 
 
-# The arms: name of the experiment -> {label: (settings, how)}
+def credit(i, settings, lams=(0.0, 0.5, 0.8, 0.95, 1.0)):
+    """The gradient of one response under GAE at each lambda, with a critic that has learned: how far its mean
+    is from the true gradient (bias), and its std (spread), both in lengths of the true one. Nothing is
+    sampled: in the enumerable world both are sums over all 40 responses."""
+    found = {f"{what} {lam:g}": 0.0 for lam in lams for what in ("bias", "spread")}
+    for w in half_trained(settings["beta"], 1000 + i):
+        logprobs = enumerate_logprobs(w.policy, w.prompt_ids)  # (40, 3)
+        by_token = torch.stack([flat_gradient(logprob, w.policy, retain_graph=True)
+                                for logprob in logprobs.flatten()]).view(40, 3, -1)
+        prob, kl = logprobs.detach().sum(dim=1).exp(), logprobs.detach() - w.ref_logprobs
+        rewards = rlaif.shape_rewards(w.scores, kl, ALL_MASK, settings["beta"])
+        true = objective_gradient(w.policy, w.prompt_ids, w.ref_logprobs, w.scores, settings["beta"])
+        for lam in lams:
+            advantages, _ = rlaif.gae(rewards, w.values, ALL_MASK, 1.0, lam)
+            each = (advantages[..., None] * by_token).sum(dim=1)  # (40, parameters)
+            mean = prob @ each
+            spread = (prob @ each.square().sum(dim=1) - mean.square().sum()).sqrt()
+            found[f"bias {lam:g}"] += ((mean - true).norm() / true.norm()).item() / 2
+            found[f"spread {lam:g}"] += (spread / true.norm()).item() / 2
+    return found
 
-BETAS = (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)
-EXACT_BETAS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
-CLIPS = [(0.05, 4), (0.1, 4), (0.2, 4), (math.inf, 4), (0.1, 1), (0.1, 2), (0.1, 8), (math.inf, 8)]
-DEFAULT = rlaif.Config()
+
+def gradients(i, settings):
+    """The exact expected gradient of what the loop computes, for each choice -> cosine with the gradient of J
+    and length in units of it."""
+    beta, found = settings["beta"], {}
+    for w in half_trained(beta, 1000 + i):
+        world_ = w.policy, w.prompt_ids, w.ref_logprobs, w.scores
+        true = objective_gradient(*world_, beta)
+        choices = {
+            "k1 per token, λ 1": {}, "k1 per response, λ 1": {"level": "sequence"},
+            "k1, the batch's mean of two": {"level": "batch"},
+            "k2 per token": {"kind": "k2"}, "k3 per token": {"kind": "k3"},
+            "k1 per token, λ 0.95, a learned critic": {"lam": 0.95, "values": w.values},
+            "k1 per response, λ 0.95, a learned critic": {"level": "sequence", "lam": 0.95,
+                                                          "values": w.values},
+            "k1 per token, λ 0, a learned critic": {"lam": 0.0, "values": w.values},
+            "k1 per token, γ 0.9": {"gamma": 0.9}, "scores whitened": {"whitened": True}}
+        gradient = {name: expected_gradient(*world_, beta, **choice) for name, choice in choices.items()}
+        logprobs = enumerate_logprobs(w.policy, w.prompt_ids)
+        weights = logprobs.detach().sum(dim=1).exp()[:, None] * (logprobs.detach() - w.ref_logprobs)
+        gradient["k2 in the loss, no KL in the reward"] = (
+            expected_gradient(*world_, 0.0) - beta * flat_gradient(logprobs, w.policy, weights))
+        for name, g in gradient.items():
+            cosine, length = found.get(name, (0.0, 0.0))
+            found[name] = (cosine + torch.cosine_similarity(g, true, dim=0).item() / 2,
+                           length + (g.norm() / true.norm()).item() / 2)
+    return {f"{name}: {what}": value for name, both in found.items()
+            for what, value in zip(("cosine", "length"), both)}
 
 
-def short(**settings):
-    """Settings of a short run, less those that are the default anyway, so that equal arms are run once."""
-    changed = {name: value for name, value in settings.items() if value != getattr(DEFAULT, name)}
-    return {**SHORT, **changed}
+# %% The claims
+
+DEFAULT = Arm(runs=6)
+BEST = Arm(betas=(0.3,), runs=6, how=("best_of_n",))
 
 
-ARMS = {
-    "beta": {f"beta {beta:g}": ({} if beta == DEFAULT.beta else {"beta": beta}, {}) for beta in BETAS}
-            | {"best of n": (SHORT, {"yardstick": True})},
-    "whitening": {f"score x {scale:g}, {label}": (short(**settings), {} if scale == 1 else {"scale": scale})
-                  for label, settings in (("both whitened", {}), ("scores raw", {"whiten_scores": False}),
-                                          ("advantages raw", {"whiten_advantages": False}))
-                  for scale in (0.1, 1, 10)},
-    "kl_level": {level: (short(kl_level=level), {}) for level in ("token", "sequence", "batch")},
-    "beta_control": {"fixed": (SHORT, {}), "batch": (short(beta_control="batch", kl_target=2.0), {})},
-    "value": {f"{value}, {head} head": (short(value=value, value_head=head), {})
-              for value in ("shared", "separate", "preference") for head in ("zero", "random")},
-    "estimator": {kind: (short(kl_estimator=kind), {}) for kind in ("k1", "k2", "k3")}
-                 | {"bias and spread": (SHORT, {"yardstick": True})},
-    "dense": {"terminal": (SHORT, {}), "dense": (short(dense_reward=True), {})},
-    "labels": {label: (SHORT, {"labels": label})
-               for label in ("both orders, soft", "one order", "hard", "likes length")},
-    "stale": {label: ({"beta": 0.1, "iterations": 80}, {"stale": label})
-              for label in ("never renewed", "refit")},
-    "direct": {"preference model": (SHORT, {}), "judge itself": (SHORT, {"direct": True})},
-    "gae": {f"lambda {lam:g}": (short(lam=lam), {}) for lam in (0.0, 0.5, 0.95, 1.0)},
-    # without stop_kl, so that nothing but the clip holds an update back
-    "clip": {f"clip {clip:g}, {epochs} epochs": (short(clip=clip, ppo_epochs=epochs, stop_kl=math.inf), {})
-             for clip, epochs in CLIPS}
-            | {"REINFORCE with a baseline": (short(clip=math.inf, ppo_epochs=1, minibatch_size=128, lam=1.0,
-                                                   stop_kl=math.inf), {})},
-    "exact": {f"beta {beta:g}": ({}, {"exact": beta}) for beta in EXACT_BETAS},
-}
+def beta():
+    """Too low a β, and the policy cheats the preference model.
+
+    Decides: gold after 110 iterations at β 0.3, less at β 0. Not at the same KL, since how far the policy
+    goes is what β decides.
+    """
+    longer = {"iterations": 110}
+    arms = yield {
+        "default": DEFAULT, "longer": Arm(longer, (0.0, 0.3), 6, ("watched",)),
+        "other prices": Arm(longer, (0.05, 1.0, 3.0), 3, ("watched",)), "best of n": BEST,
+        "steered to 3.7 nats": Arm({"beta_control": "batch", "kl_target": AT_KL, **longer}, (0.3,), 3)}
+    seen = {(beta, i): result["seen"] for label in ("longer", "other prices")
+            for (beta, i), result in arms[label].results.items()}
+    curves = {f"{what}, β {beta:g}": {i: sorted((p[0], p[column]) for p in points)
+                                      for (b, i), points in seen.items() if b == beta}
+              for what, column in (("gold", 1), ("score", 2)) for beta in (0.0, 0.3)}
+    draw("beta", curves, ylabel="gold, and score, all along the runs", best=arms["best of n"])
+    longer = arms["longer"]
+    peaks = [f"{max(p[1] for p in points):.2f} → {points[-1][1]:.2f}"
+             for (b, i), points in sorted(seen.items()) if b == 0]
+    text = frontier_table(
+        {label: arms[label] for label in ("longer", "other prices", "steered to 3.7 nats")},
+        different="distinct", **{"nats a token of the grammar's": "forgotten"})
+    if peaks:
+        text += f"\n\nβ 0, gold of held-out replies, highest of the eleven looks → last: {', '.join(peaks)}."
+    return compare("gold at the end, β 0.3 less β 0", longer.at_beta(0.3), longer.at_beta(0.0)), text
+
+
+def whitening():
+    """Reward whitening stabilises training when the scale of the score differs.
+
+    Decides: gold of a score × 10, whitened less raw, at the default β. Whitened, a score × 10 is the default
+    run, digit for digit (a test proves it). Not at the same KL, since what a β is worth is what whitening
+    decides; the control, β × 10 too, is compared at the same KL.
+    """
+    control = {"whiten_scores": False, "value": "separate", "value_clip": 2.0}
+    arms = yield {
+        "whitened": DEFAULT, "raw × 10": Arm({"whiten_scores": False}, (0.3,), 6, ("scaled", 10)),
+        "raw × 0.1": Arm({"whiten_scores": False}, (0.3,), 3, ("scaled", 0.1)),
+        "whitened, separate value": Arm({"value": "separate"}),
+        "raw × 10, β × 10, separate value": Arm(control, (1.5, 3.0, 6.0), 3, ("scaled", 10))}
+    draw("whitening", {label: arm.curves() for label, arm in arms.items()})
+    after = compare("", arms["whitened, separate value"].at_kl(),
+                    arms["raw × 10, β × 10, separate value"].at_kl())
+    text = frontier_table(arms)
+    text += f"\n\nThe control, gold at {AT_KL} nats, whitened less raw: {after.numbers()}."
+    return compare("gold at β 0.3 and a score × 10, whitened less raw", arms["whitened"].at_beta(0.3),
+                   arms["raw × 10"].at_beta(0.3)), text
+
+
+def kl_level():
+    """A price that each response pays for its own KL controls the policy better than the batch's mean.
+
+    The topics are made to differ: the score of every other one is × 3, so that its replies drift further.
+    Decides: the spread of the KL over prompts at the same mean KL, batch less sequence, both with λ 1.
+    """
+    arms = yield {
+        "token": DEFAULT,
+        "uneven, sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2), 6, ("uneven",)),
+        "uneven, batch": Arm({"kl_level": "batch"}, (0.3, 1.2, 4.8), 6, ("uneven",)),
+        "sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2)),
+        "token, λ 0.95": Arm({"lam": 0.95}), 
+        "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}, (0.3, 0.6, 1.2)),
+        "k2 in the loss": Arm(how=("kl_in_loss",))}
+    own, mean = arms["uneven, sequence"], arms["uneven, batch"]
+    draw("kl_level", {"each its own": own.curves("spread"), "the batch's mean": mean.curves("spread")},
+         ylabel="std of the KL over prompts, nats")
+    uneven = {label: arm for label, arm in arms.items() if "uneven" in label}
+    text = frontier_table(uneven, **{"spread over prompts": "spread"}) + "\n\n"
+    text += frontier_table({label: arm for label, arm in arms.items() if label not in uneven})
+    return compare(f"spread of the KL over prompts at {AT_KL} nats, batch less sequence",
+                   mean.at_kl("spread"), own.at_kl("spread")), text
+
+
+def value():
+    """A shared trunk saves computation.
+
+    Decides: seconds of an iteration, separate divided by shared, less 1. Beside it, gold at the same KL.
+    """
+    arms = yield {
+        "shared": DEFAULT, "shared, head at zero": Arm({"value_head": "zero"}),
+        "separate": Arm({"value": "separate"}), "from the preference model": Arm({"value": "preference"}),
+        "seconds": Arm({}, (0.3,), 6, ("turns",))}
+    seconds = arms["seconds"]
+    shown = {label: arm for label, arm in arms.items() if arm is not seconds}
+    draw("value", {label: arm.curves() for label, arm in shown.items()})
+    text = frontier_table(shown, **{"explained variance, 2nd half": "explained_variance",
+                                    "parameters": "parameters"})
+    rows = [[f"{r['shared']:.2f}", f"{r['separate']:.2f}", f"{r['ratio']:.2f}"]
+            for r in seconds.results.values()]
+    text += "\n\n" + markdown(["seconds of an iteration, shared", "separate", "ratio"], rows)
+    for label in list(shown)[1:]:
+        gold = compare("", arms[label].at_kl(), arms["shared"].at_kl())
+        text += f"\n\nGold at {AT_KL} nats, {label}, less shared: {gold.numbers()}."
+    ratio = seconds.at_beta(0.3, "ratio")
+    return compare("seconds of an iteration, separate / shared, less 1", ratio,
+                   dict.fromkeys(ratio, 1.0)), text
+
+
+def reference():
+    """The reference costs a forward pass for every response.
+
+    Decides: the pass's share of an iteration's time, less a twentieth. Beside it, a second round that starts
+    from the first one's policy, against the old reference and against that policy; KL is to the old one.
+    """
+    arms = yield {"one round": DEFAULT, "second, old reference": Arm(how=("second_round", "old")),
+                  "second, new reference": Arm(how=("second_round", "new"))}
+    draw("reference", {label: arm.curves() for label, arm in arms.items()})
+    text = frontier_table(arms, **{"nats a token of the grammar's": "forgotten"})
+    share = arms["one round"].at_beta(0.3, "reference_share")
+    return compare("share of the time, less 0.05", share, dict.fromkeys(share, 0.05)), text
+
+
+def estimator():
+    """k1 is the KL to charge in the reward: it does better than k3.
+
+    Decides: gold at the same KL, k1 less k3.
+    """
+    arms = yield {
+        "k1": DEFAULT, "k3": Arm({"kl_estimator": "k3"}, (0.6, 1.2, 2.4), 6), "best of n": BEST,
+        "k2": Arm({"kl_estimator": "k2"}, (0.6, 1.2, 2.4)), "errors": Arm({}, (0.3,), 3, ("estimators",))}
+    kinds = {kind: arms[kind] for kind in ("k1", "k2", "k3")}
+    draw("estimator", {kind: arm.curves() for kind, arm in kinds.items()}, best=arms["best of n"])
+    errors = arms["errors"]
+    columns = [f"{place} {what}" for place in ("near", "far") for what in ("bias", "spread")]
+    rows = [[kind, *(mean_and_std(errors.at_beta(0.3, f"{kind} {column}").values()) for column in columns)]
+            for kind in kinds if errors.results]
+    text = frontier_table(kinds) + "\n\n" + markdown(["in units of the exact KL of a token", *columns], rows)
+    return compare(f"gold at {AT_KL} nats, k1 less k3", kinds["k1"].at_kl(), kinds["k3"].at_kl()), text
+
+
+def dense():
+    """An AI reward can be had for every prefix, and dense feedback helps.
+
+    Decides: gold at the same KL, dense less terminal. Explained variance is not comparable: with a dense
+    reward there is less left to explain.
+    """
+    dense = {"dense_reward": True}
+    arms = yield {"terminal": DEFAULT, "dense": Arm(dense, runs=6), "best of n": BEST,
+                  "dense, λ 0.95": Arm({**dense, "lam": 0.95}),
+                  "dense, fitted to prefixes": Arm(dense, how=("dense_with_prefixes",))}
+    shown = {label: arm for label, arm in arms.items() if label != "best of n"}
+    draw("dense", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
+    return compare(f"gold at {AT_KL} nats, dense less terminal", arms["dense"].at_kl(),
+                   arms["terminal"].at_kl()), frontier_table(shown)
+
+
+def stale():
+    """AI feedback goes stale: the further the policy, the less the preference model knows of its replies.
+
+    Decides: agreement with gold on pairs of the first policy's replies, less of the last one's (β 0.15), at
+    the same sizes of the gold difference. Beside it, a preference model fitted anew halfway.
+    """
+    refit = {f"refitted to {pairs}": Arm({}, (0.15,), 3, ("refitted", pairs)) for pairs in ("fresh", "both")}
+    arms = yield {"never refitted": DEFAULT, "aged": Arm({}, (0.15,), 6, ("aged",)), **refit}
+    aged = arms["aged"]
+    names = ["pairs", "first, its own sizes", "first", "last"]
+    text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
+                                      for (_, i), result in sorted(aged.results.items())])
+    rows = [[label, *(mean_and_std(arm.at_beta(0.15, name).values()) for name in ("kl", "gold", "agreement"))]
+            for label, arm in arms.items() if "refitted to" in label and arm.results]
+    text += "\n\n" + markdown(["β 0.15", "KL", "gold", "agreement at the end"], rows)
+    return compare("agreement with gold, first policy less last", aged.at_beta(0.15, "first"),
+                   aged.at_beta(0.15, "last")), text
+
+
+def direct():
+    """The judge itself can give the reward, with no preference model between.
+
+    Decides: gold at the same KL, judge (one principle a comparison) less preference model.
+    """
+    arms = yield {"preference model": DEFAULT, "best of n": BEST,
+                  "judge, one principle": Arm(runs=6, how=("judged_directly", "one")),
+                  "judge, all principles": Arm(how=("judged_directly", "all"))}
+    shown = {label: arm for label, arm in arms.items() if label != "best of n"}
+    draw("direct", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
+    return compare(f"gold at {AT_KL} nats, judge less preference model", arms["judge, one principle"].at_kl(),
+                   arms["preference model"].at_kl()), frontier_table(
+                       shown)
+
+
+def gae():
+    """λ trades bias for variance.
+
+    Decides: of the gradient of one response, with a critic that has learned, the smaller of two differences:
+    bias at λ 0 less at λ 1, and spread at λ 1 less at λ 0, in lengths of the true gradient.
+    """
+    arms = yield {"λ 1": DEFAULT, "λ 0.95": Arm({"lam": 0.95}), "λ 0": Arm({"lam": 0.0}, (0.3,)),
+                  "gradient": Arm({}, (0.5,), 6, ("credit",))}
+    found = {i: result for (_, i), result in arms["gradient"].results.items()}
+    both, lams = ("bias", "spread"), ("0", "0.5", "0.8", "0.95", "1")
+    draw("gae", {what: {i: [(float(lam), r[f"{what} {lam}"]) for lam in lams] for i, r in found.items()}
+                 for what in both}, "λ", "in lengths of the true gradient", at_kl=False)
+    rows = [[what, *(mean_and_std(r[f"{what} {lam}"] for r in found.values()) for lam in lams)]
+            for what in both if found]
+    text = markdown(["gradient of one response", *(f"λ {lam}" for lam in lams)], rows) + "\n\n"
+    text += frontier_table({label: arm for label, arm in arms.items() if label != "gradient"})
+    less = {i: min(r["bias 0"] - r["bias 1"], r["spread 1"] - r["spread 0"]) for i, r in found.items()}
+    return compare("the smaller of: bias, λ 0 less λ 1; spread, λ 1 less λ 0", less,
+                   dict.fromkeys(less, 0.0)), text
+
+
+def clip():
+    """PPO's clipped minibatch steps use samples better than plain policy gradient.
+
+    Decides: gold at the same KL after as many episodes, PPO less REINFORCE (one step a batch, no clip) at the
+    learning rate that suits it: of 1, 2, 4 and 8 times PPO's, 4 had the most gold in a trial.
+    """
+    def plain(times):
+        return {"clip": math.inf, "stop_kl": math.inf, "minibatch_size": 64, "learning_rate": times * 1e-3}
+    epochs = {"ppo_epochs": 4, "stop_kl": math.inf}
+    arms = yield {
+        "PPO": DEFAULT, "best of n": BEST, "REINFORCE × 4": Arm(plain(4), runs=6),
+        **{f"REINFORCE × {k}": Arm(plain(k), (0.3,)) for k in (1, 2, 8)},
+        "4 epochs": Arm(epochs), "4 epochs, no clip": Arm({**epochs, "clip": math.inf})}
+    shown = {label: arm for label, arm in arms.items() if label != "best of n"}
+    draw("clip", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
+    return compare(f"gold at {AT_KL} nats, PPO less REINFORCE × 4", arms["PPO"].at_kl(),
+                   arms["REINFORCE × 4"].at_kl()), frontier_table(shown)
+
+
+def exact():
+    """PPO finds the optimum of the KL-regularised objective.
+
+    Decides: in the enumerable world at β 0.5 (rewards have a std of 2), the share of the way to the exact
+    optimum that is gone, less 0.95. Beside it, what each choice makes of the gradient.
+    """
+    arms = yield {"end": Arm({}, (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0), 6, ("exact_end",)),
+                  "gradients": Arm({}, (0.5,), 6, ("gradients",))}
+    end, found = arms["end"], list(arms["gradients"].results.values())
+    curves = {i: sorted((math.log10(beta), result["gap_closed"])
+                        for (beta, j), result in end.results.items() if j == i) for i in range(end.runs)}
+    draw("exact", {"PPO": curves}, "log₁₀ of β", "share of the way to the optimum", at_kl=False)
+    names = ["reward", "best_reward", "kl", "best_kl", "gap_closed"]
+    rows = [[f"{beta:g}", *(mean_and_std(end.at_beta(beta, name).values()) for name in names)]
+            for beta in end.betas if end.at_beta(beta, "kl")]
+    text = markdown(["β", *names], rows)
+    if found:
+        labels = [name.removesuffix(": cosine") for name in found[0] if name.endswith(": cosine")]
+        text += "\n\n" + markdown(["expected gradient", "cosine with that of J", "length"], [
+            [label, *(mean_and_std(r[f"{label}: {what}"] for r in found) for what in ("cosine", "length"))]
+            for label in labels])
+    closed = end.at_beta(0.5, "gap_closed")
+    return compare("share of the gap closed at β 0.5, less 0.95", closed, dict.fromkeys(closed, 0.95)), text
+
+
+EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
+               exact)
+
+
+# %% The command
 
 
 def key(job):
-    return json.dumps([job["settings"], job["how"], job["seed"]], sort_keys=True)
-
-
-def jobs_of(names):
-    """Every run that the named experiments need, each once, the arms in the order of the experiments."""
-    jobs = {}
-    for name in names:
-        for settings, how in ARMS[name].values():
-            for seed in SEEDS:
-                job = {"settings": settings, "how": how, "seed": seed}
-                jobs.setdefault(key(job), job)
-    return jobs
+    return json.dumps([job["how"], sorted(job["settings"].items()), job["i"]])
 
 
 def load_results():
-    """The runs that are done: key -> result. A line cut short by an interruption is left out."""
+    """The runs that are done: key -> what was measured. A line cut short by an interruption is left out."""
     done = {}
-    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
-        try:
-            result = json.loads(line)
-        except ValueError:
-            continue
-        done[key(result)] = result
+    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
+        with contextlib.suppress(ValueError):
+            job = json.loads(line)
+            done[key(job)] = job["measured"]
     return done
 
 
-# Tables
+def work(job):
+    """Make one run, in a process of its own -> the job and what it measured."""
+    torch.set_num_threads(1)
+    name, *further = job["how"]
+    measured = globals()[name](job["i"], dict(job["settings"]), *further)
+    return {**job, "measured": {k: round(v, 5) if isinstance(v, float) else v for k, v in measured.items()}}
 
 
-def runs_of(done, name, label):
-    """The results of one arm, over the seeds that are done."""
-    settings, how = ARMS[name][label]
-    found = [done.get(key({"settings": settings, "how": how, "seed": seed})) for seed in SEEDS]
-    return [result for result in found if result]
+def make_runs(jobs, done, workers, file=None):
+    """Make the runs that are not done yet, a few at a time under a progress bar; each becomes a line."""
+    os.environ["TQDM_DISABLE"] = "1"  # of the workers' own bars
+    todo = [job for name, job in jobs.items() if name not in done]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        fits = [pool.submit(preference_folder, i) for i in sorted({job["i"] for job in todo})]
+        for future in tqdm(as_completed(fits), "preference models", len(fits), disable=not todo):
+            future.result()
+        runs = [pool.submit(work, job) for job in todo]
+        for future in tqdm(as_completed(runs), "runs", len(runs), disable=not todo):
+            job = future.result()
+            done[key(job)] = job["measured"]
+            if file:
+                file.write(json.dumps(job) + "\n")
+                file.flush()
 
 
-def arms_of(done, name):
-    """The arms of an experiment that were measured at their end, unlike yardsticks -> {label: results}."""
-    arms = {label: runs_of(done, name, label) for label in ARMS[name]}
-    return {label: results for label, results in arms.items() if results and "measured" in results[0]}
+def plan(experiments, quick):
+    """Begin the experiments -> {name: (generator, its arms)}, and all runs that they need, each once: key ->
+    job, those of the comparisons that decide first."""
+    begun, jobs = {}, {}
+    for experiment in experiments:
+        generator = experiment()
+        arms = next(generator)
+        if quick:
+            arms = {label: replace(arm, settings={**arm.settings, "iterations": 8}, first=-1, runs=1,
+                                   betas=arm.betas[len(arm.betas) // 2:][:1]) for label, arm in arms.items()}
+        begun[experiment.__name__] = generator, arms
+    everything = [arm for _, arms in begun.values() for arm in arms.values()]
+    for arm in sorted(everything, key=lambda arm: -arm.runs):
+        jobs |= {key(job): job for job in arm.jobs()}
+    return begun, jobs
 
 
-def mean_and_spread(values):
-    """'mean ± std' of a few numbers, over the seeds."""
-    values = [value for value in values if value is not None and not math.isnan(value)]
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values):.2f}"
+def conclude(generator, arms, done):
+    """Give an experiment its arms back, with all results that are there -> Verdict, tables."""
+    for arm in arms.values():
+        jobs = {(job["settings"]["beta"], job["i"]): done.get(key(job)) for job in arm.jobs()}
+        arm.results = {at: measured for at, measured in jobs.items() if measured}
+    try:
+        generator.send(arms)
+    except StopIteration as end:
+        return end.value
 
 
-def measured(column):
-    return lambda result: result["measured"].get(column)
-
-
-def over_training(column, summary):
-    return lambda result: summary([metrics[column] for metrics in result["history"]])
-
-
-def episodes_to(gold):
-    """Episodes until the gold score of a batch first reaches `gold`; all of the run's if it never does."""
-    def count(result):
-        batch = {**vars(DEFAULT), **result["settings"]}["batch_size"]
-        found = [m["iteration"] for m in result["history"] if m["gold"] >= gold]
-        return batch * (found[0] if found else len(result["history"]))
-    return count
-
-
-GOLD, PROXY, KL, FLUENT = measured("gold"), measured("score"), measured("kl"), measured("fluency")
-USUAL = {"gold": GOLD, "KL": KL, "fluent": FLUENT}
-PEAK = {"peak gold": over_training("gold", max)}
-SOON = {"episodes to gold 2": episodes_to(2)}
-EXPLAINED = over_training("explained_variance", statistics.mean)
-EXPLAINED_LATE = over_training("explained_variance", lambda x: statistics.mean(x[len(x) // 2:]))
-SECONDS = over_training("episodes_per_second", lambda x: DEFAULT.batch_size / statistics.median(x))
-COLUMNS = {  # name of the experiment -> {column: function of one result}
-    "beta": {"gold": GOLD, **PEAK, "proxy": PROXY, "KL": KL, "fluent": FLUENT,
-             "EOS": measured("eos_fraction")},
-    "whitening": USUAL,
-    "kl_level": {"gold": GOLD, "KL": KL, "highest KL of a batch": over_training("kl", max), "fluent": FLUENT},
-    "beta_control": {"gold": GOLD, "KL of the training prompts": measured("kl of the training prompts"),
-                     "spread over prompts": measured("kl spread over prompts"),
-                     "last beta": over_training("beta", lambda x: x[-1])},
-    "value": {"gold": GOLD, "KL": KL, "explained variance, 2nd half": EXPLAINED_LATE,
-              "seconds per iteration": SECONDS,
-              "parameters, millions": lambda result: result["measured"]["parameters"] / 1e6},
-    "estimator": USUAL,
-    "dense": {"gold": GOLD, "KL": KL, **SOON, "explained variance": EXPLAINED,
-              "seconds per iteration": SECONDS},
-    "labels": {"gold": GOLD, "proxy (shipped)": PROXY, "KL": KL, "length": measured("length"),
-               "fluent": FLUENT},
-    "stale": {"gold": GOLD, **PEAK, "KL": KL, "fluent": FLUENT,
-              **{f"agreement at {i}": measured(f"agreement {i}") for i in (10, 40, 80)},
-              "after the refit": measured("agreement after refit")},
-    "direct": {**USUAL, "seconds per iteration": SECONDS},
-    "gae": {"gold": GOLD, "KL": KL, **SOON, "explained variance": EXPLAINED},
-    "clip": {"gold": GOLD, "KL": KL, **SOON,
-             "mean approximate KL, old to new, 10⁻³ nats a token":
-                 over_training("approx_kl", lambda x: 1000 * statistics.mean(x)),
-             "largest of it": over_training("approx_kl", lambda x: 1000 * max(x))},
-    "exact": {"reward": measured("reward"), "best reward": measured("best reward"), "KL": KL,
-              "best KL": measured("best kl"), "gap closed": measured("gap closed")},
-}
-
-
-def markdown(head, rows):
-    """A Markdown table from its first line and its rows, lists of str."""
-    head, *rows = (f"| {' | '.join(row)} |" for row in [head, *rows])
-    return "\n".join([head, "|---" * head.count(" | ") + "|---|", *rows])
-
-
-def table(done, name):
-    """One experiment as Markdown tables: a row an arm, mean ± std over the seeds."""
-    rows = [[label, *(mean_and_spread(map(column, results)) for column in COLUMNS[name].values())]
-            for label, results in arms_of(done, name).items()]
-    text = markdown([name, *COLUMNS[name]], rows)
-    if name == "beta" and (results := runs_of(done, name, "best of n")):
-        rows = [[f"{row['n']}", f"{row['kl']:.2f}", *(mean_and_spread(r["best"][i][column] for r in results)
-                                                      for column in ("score", "gold"))]
-                for i, row in enumerate(results[0]["best"])]
-        text += "\n\n" + markdown(["best of n of the reference", "KL at most", "proxy", "gold"], rows)
-    if name == "estimator" and (results := runs_of(done, name, "bias and spread")):
-        found = [r["estimators"] for r in results]
-        rows = [[kind, *(mean_and_spread(x[kind][column] for x in found) for column in ("bias", "spread"))]
-                for kind in ("k1", "k2", "k3")]
-        kl = mean_and_spread(x["exact"] for x in found)
-        title = f"estimator, against the exact KL of a token ({kl} nats)"
-        text += "\n\n" + markdown([title, "bias / exact", "spread / exact"], rows)
-    return text
-
-
-def write_tables(done, names):
-    """Put each experiment's table between its two markers in README.md; what is written around them stays."""
-    readme = FOLDER / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name in names:
-        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-        if start in text and end in text:
-            head, rest = text.split(start, 1)
-            text = head + start + table(done, name) + "\n" + end + rest.split(end, 1)[1]
-    readme.write_text(text, encoding="utf-8")
-
-
-# Pictures
-
-RIGHT = {  # name of the experiment -> the column that its bars show; of the others, the KL
-    "beta": "proxy", "beta_control": "spread over prompts", "value": "explained variance, 2nd half",
-    "labels": "length", "stale": "agreement at 80"}
-
-
-def curve(results, column):
-    """The mean over the seeds of one column of the history -> a list, one number an iteration."""
-    histories = zip(*(result["history"] for result in results))
-    return [statistics.mean(metrics[column] for metrics in of_seeds) for of_seeds in histories]
-
-
-def draw(done, name):
-    """Draw one experiment into figures/NAME.png: gold over training and over the root of the KL, and the arms
-    at their end."""
-    from matplotlib.figure import Figure
-    arms = arms_of(done, name)
-    if not arms:
-        return
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    if name == "exact":
-        draw_exact(figure.subplots(), [r["measured"] for results in arms.values() for r in results])
-    else:
-        left, middle, right = figure.subplots(1, 3)
-        for label, results in arms.items():
-            gold, kl = curve(results, "gold"), curve(results, "kl")
-            left.plot(range(1, len(gold) + 1), gold, label=label)
-            middle.plot([math.sqrt(max(x, 0)) for x in kl], gold, ".-", lw=0.5, ms=3, label=label)
-        if name == "beta" and (results := runs_of(done, name, "best of n")):
-            points = zip(*(r["best"] for r in results))  # of each n, those of the seeds
-            points = [(math.sqrt(p[0]["kl"]), statistics.mean(x["gold"] for x in p)) for p in points]
-            middle.plot(*zip(*points), "k--", label="best of n")
-        column = RIGHT.get(name, "KL")
-        values = [[x for x in map(COLUMNS[name][column], results) if x is not None]
-                  for results in arms.values()]
-        right.bar(range(len(arms)), [statistics.mean(x) if x else 0 for x in values],
-                  yerr=[statistics.pstdev(x) if x else 0 for x in values],
-                  color=[f"C{i % 10}" for i in range(len(arms))])
-        right.set_xticks(range(len(arms)), list(arms), rotation=40, ha="right", fontsize=7)
-        left.set(xlabel="iteration", ylabel="gold")
-        middle.set(xlabel="square root of the KL to the reference", ylabel="gold")
-        right.set(title=column)
-        left.legend(fontsize=7)
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-    (FOLDER / "figures").mkdir(exist_ok=True)
-    figure.savefig(FOLDER / "figures" / f"{name}.png", dpi=75)
-
-
-def draw_exact(axis, found):
-    """The end points of PPO for every beta and seed, beside the optimum of each."""
-    axis.plot([x["best kl"] for x in found], [x["best reward"] for x in found], "k+", ms=11, label="optimum")
-    axis.plot([x["kl"] for x in found], [x["reward"] for x in found], "o", ms=5, alpha=0.7, label="PPO")
-    axis.set(xlabel="KL to the reference, nats", ylabel="reward",
-             title="end points for every beta and seed, beside the exact optimum of each")
-    axis.legend()
+def write_between(text, name, new):
+    """Put `new` between two markers of README.md's text; what is written around them stays."""
+    head, rest = text.split(f"<!-- {name} -->\n", 1)
+    return f"{head}<!-- {name} -->\n{new}\n<!-- end {name} -->{rest.split(f'<!-- end {name} -->', 1)[1]}"
 
 
 def main():
-    """Run what is not done yet, then print and write the tables and draw the pictures."""
+    """Make what runs are missing, then print and write verdicts and tables, and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(ARMS), help="run one experiment")
+    parser.add_argument("--only", choices=[e.__name__ for e in EXPERIMENTS], help="one experiment")
+    parser.add_argument("--quick", action="store_true",
+                        help="one run of eight iterations at one price of every arm, on the shipped "
+                             "preference model; it proves nothing, and writes nothing")
+    parser.add_argument("--report", action="store_true", help="make no run: report on those that are done")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one core")
     args = parser.parse_args()
-    names = [args.only] if args.only else list(ARMS)
-    done = load_results()
-    todo = [job for name, job in jobs_of(names).items() if name not in done]
-    RESULTS.parent.mkdir(exist_ok=True)
-    if todo:
-        os.environ["TQDM_DISABLE"] = "1"  # of the workers' own bars
-        fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, mp_context=fresh) as pool, open(RESULTS, "a") as file:
-            futures = as_completed([pool.submit(run, job) for job in todo])
-            for future in tqdm(futures, total=len(todo), desc="runs", unit="run", disable=False):
-                result = future.result()
-                done[key(result)] = result
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-    for name in names:
-        print(f"\n{table(done, name)}")
-    write_tables(done, names)
-    try:
-        for name in names:
-            draw(done, name)
-    except ImportError:
-        print("\nno pictures: they need matplotlib")
+    begun, jobs = plan([e for e in EXPERIMENTS if args.only in (None, e.__name__)], args.quick)
+    done = {} if args.quick else load_results()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if args.quick:
+        global FIGURES
+        FIGURES = KEPT
+        make_runs(jobs, done, args.workers)
+    elif not args.report:
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            make_runs(jobs, done, args.workers, file)
+    print(f"{len(jobs.keys() & done.keys())} of {len(jobs)} runs are done")
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = []
+    for name, (generator, arms) in begun.items():
+        verdict, tables = conclude(generator, arms, done)
+        claim = globals()[name].__doc__.splitlines()[0]
+        rows.append([f"[`{name}`](#{name}) {claim}", f"**{verdict}**",
+                     f"{verdict.compared}: {verdict.numbers()}", f"[curves](figures/{name}.png)"])
+        print(f"\n{claim}\n{verdict}: {verdict.compared}: {verdict.numbers()}\n\n{tables}")
+        if not args.quick:
+            readme = write_between(readme, name, tables)
+    if args.quick:
+        print("\nOne run of eight iterations an arm: this shows that everything runs, and proves nothing.")
+    else:
+        if not args.only:
+            readme = write_between(readme, "verdicts", markdown(
+                ["claim", "verdict", "the difference that decides, with its 95 % interval", "picture"], rows))
+        (FOLDER / "README.md").write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":
