@@ -754,6 +754,8 @@ def stale():
     refit = {f"refitted to {pairs}": Arm({}, (0.15,), 3, ("refitted", pairs)) for pairs in ("fresh", "both")}
     arms = yield {"never refitted": DEFAULT, "aged": Arm({}, (0.15,), 6, ("aged",)), **refit}
     aged = arms["aged"]
+    draw("stale", {f"{which} policy": {i: [(i, result[which])] for (_, i), result in aged.results.items()}
+                   for which in ("first", "last")}, "run", "agreement with gold", at_kl=False)
     names = ["pairs", "first, its own sizes", "first", "last"]
     text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
                                       for (_, i), result in sorted(aged.results.items())])
