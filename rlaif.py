@@ -107,7 +107,7 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          HfArgumentParser, logging)
+                          HfArgumentParser, logging as transformers_logging)
 
 # %% 0. Settings
 
@@ -1353,8 +1353,8 @@ def parse(argv):
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
     or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
     resume = None
