@@ -212,10 +212,11 @@ def print_loss_account(judge, tokenizer, constitution, report):
                            for principle in constitution])
     doubt, disagreement, misfit = loss_account(answers, report["loss"])
     print(f"\n| loss on {answers.shape[1]} held-out pairs | nats |\n|---|---|\n"
-          f"| the judge's own doubt | {doubt:.4f} |\n| disagreement of the principles | {disagreement:.4f} |\n"
+          f"| the judge's own doubt | {doubt:.4f} |\n"
+          f"| disagreement of the principles | {disagreement:.4f} |\n"
           f"| misfit of the model | {misfit:.4f} |\n| sum, the loss | {report['loss']:.4f} |\n\n"
-          f"Were one principle drawn for a pair, the labels' entropy would be {doubt:.4f}, and the loss of the "
-          f"same model the same: {disagreement:.4f} of what then looks like misfit is disagreement.")
+          f"Were one principle drawn for a pair, the labels' entropy would be {doubt:.4f}, and the loss of "
+          f"the same model the same: {disagreement:.4f} of what then looks like misfit is disagreement.")
 
 
 def measure_preference(preference, ceiling, policy, tokenizer, config, n=4096):

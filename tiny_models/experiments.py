@@ -137,6 +137,7 @@ def frontier_table(arms, **columns):
 
 
 def mean_and_std(values):
+    """'mean ± std' of the runs' numbers."""
     values = list(values)
     digits = 2 if abs(statistics.mean(values)) < 1000 else 0
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -203,6 +204,7 @@ def load_judge():
 
 
 def config_of(i, settings):
+    """The settings of run i; of run -1, which is for --quick, with few pairs."""
     return rlaif.Config(**{"seed": 1000 + i, "device": "cpu", "eval_samples": 32,
                            "pairs": 4096 if i >= 0 else 64, **settings})
 
@@ -263,7 +265,7 @@ def preference_folder(i):
     folder = KEPT / f"preference-{i}-all"
     if not folder.exists():
         pairs = feedback(i)
-        preference, report = fit(pairs, averaged(torch.tensor(pairs["answers"])), 1000 + i)
+        preference, _ = fit(pairs, averaged(torch.tensor(pairs["answers"])), 1000 + i)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
     return folder
 
@@ -281,10 +283,10 @@ def prepared(i, settings, score=None):
     return rlaif.prepare(config_of(i, {"preference": str(preference_folder(i)), **settings}), score)
 
 
-def finish(run, **more):
+def finish(run):
     """Train to the end by rlaif's own loop -> dict of what was measured, on held-out prompts."""
     history = [rlaif.update(run, rlaif.roll_out(run)) for _ in range(run.iteration, run.config.iterations)]
-    return {**measure(run), **history_of(history), **more}
+    return {**measure(run), **history_of(history)}
 
 
 def measure(run):
@@ -318,7 +320,7 @@ def history_of(history):
 def ppo(i, settings):
     """The plain case: nothing but settings."""
     run = prepared(i, settings)
-    measured = finish(run, parameters=0)
+    measured = finish(run)
     measured["parameters"] = sum(p.numel() for p in run.optimizer.param_groups[0]["params"])
     if settings.keys() == {"beta"}:
         rlaif.save_model(run.policy, run.tokenizer, KEPT / f"policy-{i}-{settings['beta']}")
