@@ -1355,8 +1355,6 @@ def main(argv=None):
     or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
     resume = None
     try:
         config = parse(argv)
@@ -1416,4 +1414,6 @@ def run_and_report(config):
 
 
 if IS_COMMAND:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
     sys.exit(main())

@@ -2275,15 +2275,10 @@ def bench(tmp_path_factory):
 
 def run_main(capsys, *argv):
     """The command line -> its exit code, what it printed, and what it said of errors."""
-    def not_taken(number, frame):
-        raise AssertionError(f"`main` leaves signal {number} to others")
-    handlers = {number: signal.signal(number, not_taken) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     capsys.readouterr()
-    try:
-        code = rlaif.main([str(arg) for arg in argv])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    code = rlaif.main([str(arg) for arg in argv])
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, err
@@ -2841,12 +2836,16 @@ def never_stopped(bench, tmp_path_factory):
 def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_so(
         bench, never_stopped, tmp_path, capsys, monkeypatch, stop, no_pictures):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [""])  # as at an interactive prompt
-    out = "my runs/it's one"
-    code, _, err = run_main(capsys, *stopping_flags(bench, stop), out)
+    out, file = "my runs/it's one", str(HERE / "rlaif.py")
+    if stop == "SIGINT":
+        monkeypatch.setattr(sys, "argv", [""])  # as at an interactive prompt
+        code, _, err = run_main(capsys, *stopping_flags(bench, stop), out)
+    else:
+        code, err = as_command(file, *stopping_flags(bench, stop), out), capsys.readouterr().err
     assert code == 130 and err.strip().splitlines()[-1].startswith("rlaif: stopped"), err
     words = shlex.split(err[err.index("python "):])
-    assert words == ["python", "rlaif.py", "--resume", out], "it cannot be pasted into a shell"
+    where = "rlaif.py" if stop == "SIGINT" else file
+    assert words == ["python", where, "--resume", out], "it cannot be pasted into a shell"
     assert len(written(tmp_path / out)) == 4, "it should have been stopped in its fifth iteration"
     code, _, err = run_main(capsys, *words[2:])
     assert code == 0, err

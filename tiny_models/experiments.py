@@ -258,14 +258,37 @@ def feedback(i):
     return json.loads(path.read_text())
 
 
-def preference_folder(i):
-    """The folder of run i's preference model, made once; of run -1, the shipped one's."""
+def all_answers(i):
+    """The default's labels: the mean of all answers."""
+    pairs = feedback(i)
+    return pairs, averaged(torch.tensor(pairs["answers"]))
+
+
+def cut_off(i):
+    """Half of the pairs cut off, both replies at the same share of their words, and judged anew: a preference
+    model that has seen prefixes."""
+    (pairs, prob_a), rng = all_answers(i), random.Random(1000 + i)
+    half = len(prob_a) // 2
+    for k in range(half):
+        share = rng.uniform(0.2, 0.9)
+        for side in "ab":
+            text = pairs[f"responses_{side}"][k]
+            words = text.split(" ")
+            pairs[f"responses_{side}"][k] = " ".join(words[:max(2, round(share * len(words)))])
+            pairs[f"ended_{side}"][k] = False
+    cut = {name: values[:half] for name, values in pairs.items()}
+    prob_a[:half] = averaged(answers_of(cut))
+    return pairs, prob_a
+
+
+def preference_folder(i, kind="all_answers"):
+    """The folder of run i's preference model, fitted to the pairs and labels that the function named `kind`
+    gives; made once. Of run -1, the shipped one's."""
     if i < 0:
         return rlaif.TINY / "preference"
-    folder = KEPT / f"preference-{i}-all"
+    folder = KEPT / f"preference-{i}-{kind}"
     if not folder.exists():
-        pairs = feedback(i)
-        preference, _ = fit(pairs, averaged(torch.tensor(pairs["answers"])), 1000 + i)
+        preference, _ = fit(*globals()[kind](i), 1000 + i)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
     return folder
 
@@ -279,8 +302,9 @@ def preference_model(i):
 
 
 def prepared(i, settings, score=None):
-    """A `rlaif.Run` with the seed and the preference model of run i."""
-    return rlaif.prepare(config_of(i, {"preference": str(preference_folder(i)), **settings}), score)
+    """A `rlaif.Run` with the seed and the preference model of run i; settings["preference"] is its kind."""
+    folder = preference_folder(i, settings.get("preference", "all_answers"))
+    return rlaif.prepare(config_of(i, {**settings, "preference": str(folder)}), score)
 
 
 def finish(run):
@@ -408,25 +432,6 @@ def second_round(i, settings, reference):
     history = [rlaif.update(run, rlaif.roll_out(run)) for _ in range(run.config.iterations)]
     run.reference, _ = load_policy()
     return {**measure(run), **history_of(history)}
-
-
-def dense_with_prefixes(i, settings):
-    """Dense rewards by a preference model that has seen prefixes: half of its pairs are cut off, both replies
-    at the same share of their words, and judged anew."""
-    pairs, rng = feedback(i), random.Random(1000 + i)
-    prob_a = averaged(torch.tensor(pairs["answers"]))
-    half = len(prob_a) // 2
-    for k in range(half):
-        share = rng.uniform(0.2, 0.9)
-        for side in "ab":
-            text = pairs[f"responses_{side}"][k]
-            words = text.split(" ")
-            pairs[f"responses_{side}"][k] = " ".join(words[:max(2, round(share * len(words)))])
-            pairs[f"ended_{side}"][k] = False
-    cut = {name: values[:half] for name, values in pairs.items()}
-    prob_a[:half] = averaged(answers_of(cut))
-    preference, _ = fit(pairs, prob_a, 1000 + i)
-    return finish(prepared(i, settings, preference))
 
 
 def judged_directly(i, settings, principles):
@@ -661,7 +666,7 @@ def kl_level():
         "uneven, sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2), 6, ("uneven",)),
         "uneven, batch": Arm({"kl_level": "batch"}, (0.3, 1.2, 4.8), 6, ("uneven",)),
         "sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2)),
-        "token, λ 0.95": Arm({"lam": 0.95}), 
+        "token, λ 0.95": Arm({"lam": 0.95}),
         "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}, (0.3, 0.6, 1.2)),
         "k2 in the loss": Arm(how=("kl_in_loss",))}
     own, mean = arms["uneven, sequence"], arms["uneven, batch"]
@@ -740,7 +745,7 @@ def dense():
     dense = {"dense_reward": True}
     arms = yield {"terminal": DEFAULT, "dense": Arm(dense, runs=6), "best of n": BEST,
                   "dense, λ 0.95": Arm({**dense, "lam": 0.95}),
-                  "dense, fitted to prefixes": Arm(dense, how=("dense_with_prefixes",))}
+                  "dense, fitted to prefixes": Arm({**dense, "preference": "cut_off"})}
     shown = {label: arm for label, arm in arms.items() if label != "best of n"}
     draw("dense", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
     return compare(f"gold at {AT_KL} nats, dense less terminal", arms["dense"].at_kl(),
@@ -882,7 +887,8 @@ def make_runs(jobs, done, workers, file=None):
     os.environ["TQDM_DISABLE"] = "1"  # of the workers' own bars
     todo = [job for name, job in jobs.items() if name not in done]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        fits = [pool.submit(preference_folder, i) for i in sorted({job["i"] for job in todo})]
+        needed = sorted({(job["settings"].get("preference", "all_answers"), job["i"]) for job in todo})
+        fits = [pool.submit(preference_folder, i, kind) for kind, i in needed]
         for future in tqdm(as_completed(fits), "preference models", len(fits), disable=not todo):
             future.result()
         runs = [pool.submit(work, job) for job in todo]
