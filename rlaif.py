@@ -585,8 +585,9 @@ def shape_rewards(scores, kl, mask, beta, level="token"):
     The score stands on the last token, the EOS itself. beta * KL is subtracted: with level "token" each
     token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
     KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the batch's mean, of
-    which only 1/B is its response's own: that hardly holds the policy. Raises ValueError for another level,
-    if scores are not (B,), and if a row of the mask has no True: its score would be lost.
+    which only 1/B is its response's own: that hardly holds the policy, and with lambda 1 and whitened
+    advantages, which subtract what all have in common, not at all. Raises ValueError for another level, if
+    scores are not (B,), and if a row of the mask has no True: its score would be lost.
     """
     if scores.shape != mask.shape[:1] or not mask.any(dim=1).all():
         raise ValueError("scores must be (B,), and every row of the mask needs at least one True")

@@ -1235,6 +1235,16 @@ def test_whiten_of_a_constant_or_a_single_entry_is_zero(batch, constant):
     close(whiten(x[0, :1]), [0.0], "one entry whitens to 0: the unbiased variance of one entry is NaN", 1e-8)
 
 
+@given(batches(), st.floats(0, 20))
+def test_whitened_advantages_forget_a_price_that_the_whole_batch_pays(batch, beta):
+    scores, kl, values = batch.draw(batch.B), batch.draw(), batch.draw()
+
+    def used(beta):
+        rewards = shape_rewards(scores, kl, batch.mask, beta, "batch")
+        return whiten(gae(rewards, values, batch.mask, 1.0, 1.0)[0], batch.mask)
+    close(used(beta), used(0.0), "what all responses have in common is subtracted", atol=1e-6)
+
+
 def test_whiten_by_hand(device):
     x = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], dtype=torch.float64, device=device)
     ends = whiten(x).flatten()[[0, -1]] + 1.6  # the code that this number comes from adds the mean back
@@ -2839,6 +2849,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_so(
     out, file = "my runs/it's one", str(HERE / "rlaif.py")
     if stop == "SIGINT":
         monkeypatch.setattr(sys, "argv", [""])  # as at an interactive prompt
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background it is ignored
         code, _, err = run_main(capsys, *stopping_flags(bench, stop), out)
     else:
         code, err = as_command(file, *stopping_flags(bench, stop), out), capsys.readouterr().err
