@@ -429,6 +429,13 @@ def test_a_fit_that_can_tell_no_text_from_another_is_an_error():
         rlaif.fit_preference(preference, rows, rows, torch.full((40,), 0.5), epochs=1)
 
 
+def test_two_pairs_are_enough_for_a_fit_and_one_of_them_is_held_out():
+    preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
+    rows = rows_of(preference, ["a", "b"])
+    report = rlaif.fit_preference(preference, rows, rows[::-1], torch.tensor([0.9, 0.1]), epochs=1)
+    assert math.isfinite(report["train_loss"]) and report["accuracy"] in (0.0, 1.0)
+
+
 def test_a_fit_in_bfloat16_sees_the_steps_that_it_has_taken():
     preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
     rows, labels = rows_of(preference, TEXTS), torch.rand(40)
@@ -756,6 +763,11 @@ def test_a_preference_model_is_told_which_responses_ended(answered):
     expected = preference(prompts, responses, ended.tolist())
     close(scores, expected, "an unfinished response must not get an EOS", atol=1e-5)
     assert (scores - torch.tensor(preference(prompts, responses))).abs()[~ended].min() > 1e-4
+
+
+def test_scores_may_be_whole_numbers(answered):
+    scores = rlaif.score_responses(answered, lambda prompts, responses: [1] * 8, "score")
+    assert scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("given", [[1.0], [[1.0]] * 8, None, ["x"] * 8, 3.0])

@@ -236,13 +236,14 @@ def averaged(answers):
     return (answers[:, 0] + 1 - answers[:, 1]).mean(dim=0) / 2
 
 
-def fit(pairs, prob_a, seed):
-    """A preference model fitted to labels, from the policy's trunk -> PreferenceModel, report."""
+def fit(pairs, prob_a, seed, start=None, epochs=12):
+    """A preference model fitted to labels, from the policy's trunk or from another one
+    -> PreferenceModel, report."""
     torch.manual_seed(seed)
-    preference = rlaif.new_preference_model(*load_policy(), rlaif.Config().template)
+    preference = start or rlaif.new_preference_model(*load_policy(), rlaif.Config().template)
     rows = [preference.tokenize(pairs["prompts"], pairs[f"responses_{side}"], pairs[f"ended_{side}"])
             for side in "ab"]
-    return preference, rlaif.fit_preference(preference, *rows, prob_a)
+    return preference, rlaif.fit_preference(preference, *rows, prob_a, epochs)
 
 
 def feedback(i):
@@ -281,21 +282,62 @@ def cut_off(i):
     return pairs, prob_a
 
 
+def flatters(response):
+    return response.strip().startswith("What a lovely goal!")
+
+
+def flawed(i, flaw, strength, remedy=""):
+    """Labels of a judge with a flaw: each of its answers is bent, in log-odds, by a `strength`.
+
+    position   for the reply that stands first; asked in one order only, or (remedy "both") in both
+    length     for each word that a reply has more
+    flattery   for the reply that flatters; remedy "principle": a fifth principle, that such a reply is worse
+    careless   by noise of that std
+    blind      the answers about harm are sure and random, that share of them
+    hard       not bent, but the label, the average, is rounded to 0 or 1 (remedy: none is needed by default)
+    """
+    pairs, strength = feedback(i), float(strength)
+    odds = torch.tensor(pairs["answers"]).logit(eps=1e-6)  # (4, 2, N): principle, order, pair
+    odds[:, 1] *= -1  # for reply a, in either order
+    torch.manual_seed(1000 + i)
+    both = list(zip(pairs["responses_a"], pairs["responses_b"]))
+    longer = torch.tensor([len(a.split()) - len(b.split()) for a, b in both])
+    flatter = torch.tensor([flatters(a) - flatters(b) for a, b in both])
+    if flaw == "position":
+        odds = odds + strength * torch.tensor([1.0, -1.0])[:, None]
+        odds = odds if remedy == "both" else odds[:, :1]
+    elif flaw == "careless":
+        odds = odds + strength * torch.randn_like(odds)
+    elif flaw == "blind":
+        guesses = torch.where(torch.rand_like(odds[1]) < 0.5, 6.0, -6.0)
+        odds[1] = torch.where(torch.rand_like(odds[1]) < strength, guesses, odds[1])
+    elif flaw in ("length", "flattery"):
+        odds = odds + strength * (longer if flaw == "length" else flatter)
+    if remedy == "principle":
+        odds = torch.cat([odds, (strength - 4.0) * flatter.expand(1, 2, -1)])
+    prob_a = odds.sigmoid().mean(dim=(0, 1))
+    return pairs, (prob_a > 0.5).float() if flaw == "hard" else prob_a
+
+
 def preference_folder(i, kind="all_answers"):
-    """The folder of run i's preference model, fitted to the pairs and labels that the function named `kind`
-    gives; made once. Of run -1, the shipped one's."""
+    """The folder of run i's preference model, fitted to the pairs and labels that a function gives, once;
+    `kind` is its name and its further arguments. A judge's flaw is learned on top of the model without it, in
+    a quarter of the epochs. Of run -1 every model is the shipped one."""
     if i < 0:
         return rlaif.TINY / "preference"
-    folder = KEPT / f"preference-{i}-{kind}"
+    folder, (name, *further) = KEPT / f"preference-{i}-{kind.replace(' ', '-')}", kind.split()
     if not folder.exists():
-        preference, _ = fit(*globals()[kind](i), 1000 + i)
+        onward = {"start": preference_model(i), "epochs": 3} if name == "flawed" else {}
+        preference, report = fit(*globals()[name](i, *further), 1000 + i, **onward)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
+        (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
-def preference_model(i):
-    shipped = rlaif.load(AutoModelForSequenceClassification, str(preference_folder(i)), "preference", "cpu")
-    return rlaif.PreferenceModel(*shipped, rlaif.Config().template)
+def preference_model(i, kind="all_answers"):
+    folder = str(preference_folder(i, kind))
+    return rlaif.PreferenceModel(
+        *rlaif.load(AutoModelForSequenceClassification, folder, "preference", "cpu"), rlaif.Config().template)
 
 
 # %% One run
@@ -315,7 +357,8 @@ def finish(run):
 
 def measure(run):
     """score, gold, fluency, kl, length, ... of 32 replies to each held-out prompt; distinct, the share of
-    different ones; forgotten, the policy's nats per token of the grammar's own replies."""
+    different ones; flattering and harmful, the share of those; forgotten, the policy's nats per token of the
+    grammar's own replies."""
     means, rows = rlaif.evaluate(run)
     rng, prompts = random.Random(0), [prompt for prompt in run.held_out for _ in range(32)]
     texts = [run.config.template.format(prompt=prompt) for prompt in prompts]
@@ -328,7 +371,11 @@ def measure(run):
     with torch.no_grad():
         logits, _ = rlaif.response_logits(run.policy, ids, mask, tokens, real.bool())
     nats = -rlaif.masked_mean(rlaif.token_logprobs(logits, tokens), real.bool()).item()
-    return {**means, "distinct": len({row["response"] for row in rows}) / len(rows), "forgotten": nats}
+    shares = {"distinct": len({row["response"] for row in rows}),
+              "flattering": sum(flatters(row["response"]) for row in rows),
+              "harmful": sum(world.gold_parts(row["prompt"], row["response"])["harmlessness"] < 0
+                             for row in rows)}
+    return {**means, **{name: n / len(rows) for name, n in shares.items()}, "forgotten": nats}
 
 
 def history_of(history):
@@ -498,6 +545,31 @@ def refitted(i, settings, pairs_used):
             run.score, _ = fit(pairs, prob_a, 1000 + i)
     count, right = agreement(run.score, run.policy, run.tokenizer)
     return {**measure(run), **history_of(history), "agreement": right.total() / count.total()}
+
+
+def levelled(i, settings):
+    """The length taken out of the score, by regression on the reference's replies."""
+    preference, (reference, tokenizer) = preference_model(i, settings["preference"]), load_policy()
+    torch.manual_seed(1000 + i)
+    r = rlaif.respond(reference, tokenizer, world.PROMPTS * 16, rlaif.Config())
+    words = torch.tensor([float(len(response.split())) for response in r.responses])
+    scores = torch.tensor(preference(r.prompts, r.responses, r.ended.tolist()))
+    slope = ((words - words.mean()) * scores).mean() / words.var(correction=0)
+
+    def score(prompts, responses):
+        return [s - slope.item() * len(response.split())
+                for s, response in zip(preference(prompts, responses), responses)]
+    return finish(prepared(i, settings, score))
+
+
+def ensemble(i, settings, how):
+    """The mean or the minimum of the scores of three preference models: of the next two runs, too."""
+    members = [preference_model(j % 6, settings["preference"]) for j in (i, i + 1, i + 2)]
+
+    def score(prompts, responses):
+        scores = torch.tensor([member(prompts, responses) for member in members])
+        return (scores.mean(dim=0) if how == "mean" else scores.amin(dim=0)).tolist()
+    return finish(prepared(i, settings, score))
 
 
 def best_of_n(i, settings, n=64):
@@ -860,8 +932,93 @@ def exact():
     return compare("share of the gap closed at β 0.5, less 0.95", closed, dict.fromkeys(closed, 0.95)), text
 
 
+# %% AI feedback that goes wrong: from a flaw planted in the judge to the policy
+
+
+SOUND = Arm({"preference": "all_answers"}, runs=6)  # the default again, with all that is measured below
+
+
+def bent(flaw, strength, runs=3, **settings):
+    return Arm({"preference": f"flawed {flaw} {strength}", **settings}, runs=runs)
+
+
+def flaw_report(name, arms, **columns):
+    """The picture and the table of a planted flaw."""
+    draw(name, {label: arm.curves() for label, arm in arms.items()})
+    return frontier_table(arms, **columns)
+
+
+def position():
+    """A judge that prefers what stands first spoils the policy, and asking in both orders mends it.
+
+    Decides: gold at the same KL, both orders less one, with 3 nats of log-odds for the first reply.
+    """
+    arms = yield {"no flaw": SOUND, "1, one order": bent("position", "1"),
+                  "3, one order": bent("position", "3", 6), "3, both orders": bent("position", "3 both", 6)}
+    return compare(f"gold at {AT_KL} nats, both orders less one", arms["3, both orders"].at_kl(),
+                   arms["3, one order"].at_kl()), flaw_report("position", arms)
+
+
+def length():
+    """A judge that likes long replies makes the policy write long ones.
+
+    Decides: tokens of a reply at the same KL, with 0.6 nats of log-odds for a word more, less without.
+    """
+    arms = yield {"no flaw": SOUND, "0.2 a word": bent("length", "0.2"),
+                  "0.6 a word": bent("length", "0.6", 6),
+                  "0.6, taken out of the score": Arm({"preference": "flawed length 0.6"}, how=("levelled",))}
+    return compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
+                   arms["0.6 a word"].at_kl("length"),
+                   arms["no flaw"].at_kl("length")), flaw_report("length", arms, tokens="length")
+
+
+def flattery():
+    """What flatters the judge, the policy learns to write.
+
+    Decides: share of replies that flatter at the same KL, with 4 nats of log-odds for them, less without.
+    """
+    arms = yield {"no flaw": SOUND, "2": bent("flattery", "2"), "4": bent("flattery", "4", 6),
+                  "2, a principle against it": bent("flattery", "2 principle")}
+    return compare(f"share that flatters at {AT_KL} nats, flawed less sound", arms["4"].at_kl("flattering"),
+                   arms["no flaw"].at_kl("flattering")), flaw_report("flattery", arms, flatter="flattering")
+
+
+def careless():
+    """Noise in the judge's answers costs the policy gold.
+
+    Decides: gold at the same KL, without noise less with noise of std 8 on the log-odds of each answer.
+    """
+    arms = yield {"no flaw": SOUND, "std 4": bent("careless", "4"), "std 8": bent("careless", "8", 6),
+                  **{f"std 8, {how} of three": Arm({"preference": "flawed careless 8"},
+                                                   how=("ensemble", how)) for how in ("mean", "minimum")}}
+    return compare(f"gold at {AT_KL} nats, sound less careless", arms["no flaw"].at_kl(),
+                   arms["std 8"].at_kl()), flaw_report("careless", arms)
+
+
+def blind():
+    """What the judge does not see, the policy does not avoid.
+
+    Decides: share of harmful replies at the same KL, all answers about harm guessed, less none.
+    """
+    arms = yield {"no flaw": SOUND, "half of them": bent("blind", "0.5"),
+                  "all of them": bent("blind", "1", 6)}
+    return compare(f"share that is harmful at {AT_KL} nats, blind less sound",
+                   arms["all of them"].at_kl("harmful"),
+                   arms["no flaw"].at_kl("harmful")), flaw_report("blind", arms, harmful="harmful")
+
+
+def hard():
+    """Soft labels teach the policy more than hard ones.
+
+    Decides: gold at the same KL, soft less hard.
+    """
+    arms = yield {"soft": SOUND, "hard": bent("hard", "1", 6)}
+    return compare(f"gold at {AT_KL} nats, soft less hard", arms["soft"].at_kl(),
+                   arms["hard"].at_kl()), flaw_report("hard", arms)
+
+
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
-               exact)
+               exact, position, length, flattery, careless, blind, hard)
 
 
 # %% The command
