@@ -436,6 +436,23 @@ def test_two_pairs_are_enough_for_a_fit_and_one_of_them_is_held_out():
     assert math.isfinite(report["train_loss"]) and report["accuracy"] in (0.0, 1.0)
 
 
+def test_the_training_loss_of_a_fit_is_that_of_its_last_epoch(monkeypatch):
+    preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
+    rows, losses = rows_of(preference, TEXTS), []
+    plain = rlaif.preference_loss
+    monkeypatch.setattr(rlaif, "preference_loss", lambda *args: losses.append(plain(*args)) or losses[-1])
+    report = rlaif.fit_preference(preference, rows, rows[::-1], torch.rand(40), 3, minibatch_size=12,
+                                  learning_rate=1e-2)
+    assert len(losses) == 3 * 3 + 1, "three steps in each of three epochs, and the held-out loss"
+    close(report["train_loss"], torch.stack(losses[6:9]).mean(), "another epoch is in the mean", atol=1e-6)
+
+
+def test_a_fit_takes_the_epochs_and_the_rate_of_the_defaults():
+    parameters, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
+    assert parameters["epochs"].default == config.preference_epochs
+    assert parameters["learning_rate"].default == config.preference_learning_rate
+
+
 def test_a_fit_in_bfloat16_sees_the_steps_that_it_has_taken():
     preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
     rows, labels = rows_of(preference, TEXTS), torch.rand(40)
@@ -465,8 +482,8 @@ def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit(rates):
     for label in (0.1, 0.9):
         torch.manual_seed(0)
         preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-        rows = rows_of(preference, TEXTS)
-        labels = torch.cat([torch.linspace(0, 1, 36), torch.full((4,), label)])
+        rows = rows_of(preference, TEXTS[:36])
+        labels = torch.cat([torch.linspace(0, 1, 33), torch.full((3,), label)])
         rlaif.fit_preference(preference, rows, rows[::-1], labels, 2, minibatch_size=8, learning_rate=2e-3)
         fitted.append(preference.model.base_model.state_dict())
     assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0]), (
@@ -768,6 +785,12 @@ def test_a_preference_model_is_told_which_responses_ended(answered):
 def test_scores_may_be_whole_numbers(answered):
     scores = rlaif.score_responses(answered, lambda prompts, responses: [1] * 8, "score")
     assert scores.dtype == torch.float32
+
+
+def test_a_preference_model_wants_to_know_of_every_response_whether_it_ended():
+    for ended in ([True], [True] * 3):
+        with pytest.raises(ValueError):
+            preference_model()(["ab", "c"], ["a", "b"], ended)
 
 
 @pytest.mark.parametrize("given", [[1.0], [[1.0]] * 8, None, ["x"] * 8, 3.0])

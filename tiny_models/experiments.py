@@ -45,6 +45,7 @@ FOLDER = pathlib.Path(__file__).parent
 RESULTS, FIGURES = FOLDER / "results.jsonl", FOLDER / "figures"
 KEPT = pathlib.Path("runs/experiments")
 AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in README.md
+TRAINING = ("kl", "gold", "score", "entropy", "length", "distinct")  # what is kept of every iteration
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
 
@@ -385,7 +386,7 @@ def history_of(history):
     late = history[len(history) // 2:]
     return {"reference_share": sum(m["seconds_reference"] for m in history) / sum(seconds),
             "explained_variance": statistics.mean(m["explained_variance"] for m in late),
-            "training": [[round(m["kl"], 3), round(m["gold"], 3)] for m in history]}
+            "training": [[round(m[name], 3) for name in TRAINING] for m in history]}
 
 
 def ppo(i, settings):
@@ -855,8 +856,8 @@ def direct():
     Decides: gold at the same KL, judge (one principle a comparison) less preference model.
     """
     arms = yield {"preference model": DEFAULT, "best of n": BEST,
-                  "judge, one principle": Arm(runs=6, how=("judged_directly", "one")),
-                  "judge, all principles": Arm(how=("judged_directly", "all"))}
+                  "judge, one principle": Arm({}, (0.04, 0.07, 0.15), 6, ("judged_directly", "one")),
+                  "judge, all principles": Arm({}, (0.08, 0.15, 0.3), 3, ("judged_directly", "all"))}
     shown = {label: arm for label, arm in arms.items() if label != "best of n"}
     draw("direct", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
     return compare(f"gold at {AT_KL} nats, judge less preference model", arms["judge, one principle"].at_kl(),
@@ -935,7 +936,7 @@ def exact():
 # %% AI feedback that goes wrong: from a flaw planted in the judge to the policy
 
 
-SOUND = Arm({"preference": "all_answers"}, runs=6)  # the default again, with all that is measured below
+SOUND = Arm({"preference": "all_answers"}, runs=6)  # the default again: its first runs did not count flattery
 
 
 def bent(flaw, strength, runs=3, **settings):
@@ -953,7 +954,7 @@ def position():
 
     Decides: gold at the same KL, both orders less one, with 3 nats of log-odds for the first reply.
     """
-    arms = yield {"no flaw": SOUND, "1, one order": bent("position", "1"),
+    arms = yield {"no flaw": DEFAULT, "1, one order": bent("position", "1"),
                   "3, one order": bent("position", "3", 6), "3, both orders": bent("position", "3 both", 6)}
     return compare(f"gold at {AT_KL} nats, both orders less one", arms["3, both orders"].at_kl(),
                    arms["3, one order"].at_kl()), flaw_report("position", arms)
@@ -964,7 +965,7 @@ def length():
 
     Decides: tokens of a reply at the same KL, with 0.6 nats of log-odds for a word more, less without.
     """
-    arms = yield {"no flaw": SOUND, "0.2 a word": bent("length", "0.2"),
+    arms = yield {"no flaw": DEFAULT, "0.2 a word": bent("length", "0.2"),
                   "0.6 a word": bent("length", "0.6", 6),
                   "0.6, taken out of the score": Arm({"preference": "flawed length 0.6"}, how=("levelled",))}
     return compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
@@ -988,7 +989,7 @@ def careless():
 
     Decides: gold at the same KL, without noise less with noise of std 8 on the log-odds of each answer.
     """
-    arms = yield {"no flaw": SOUND, "std 4": bent("careless", "4"), "std 8": bent("careless", "8", 6),
+    arms = yield {"no flaw": DEFAULT, "std 4": bent("careless", "4"), "std 8": bent("careless", "8", 6),
                   **{f"std 8, {how} of three": Arm({"preference": "flawed careless 8"},
                                                    how=("ensemble", how)) for how in ("mean", "minimum")}}
     return compare(f"gold at {AT_KL} nats, sound less careless", arms["no flaw"].at_kl(),
@@ -1012,7 +1013,7 @@ def hard():
 
     Decides: gold at the same KL, soft less hard.
     """
-    arms = yield {"soft": SOUND, "hard": bent("hard", "1", 6)}
+    arms = yield {"soft": DEFAULT, "hard": bent("hard", "1", 6)}
     return compare(f"gold at {AT_KL} nats, soft less hard", arms["soft"].at_kl(),
                    arms["hard"].at_kl()), flaw_report("hard", arms)
 
