@@ -384,6 +384,22 @@ def test_a_classifier_without_a_score_head_scores_through_its_own_pooling(name):
     close(together, alone, "padding reaches the score", atol=1e-5)
 
 
+def test_a_text_may_fill_the_context_of_its_model_and_not_pass_it():
+    ids, mask = rlaif.pad([[0] * 16, [1]], "left", gpt2(context=16))
+    assert ids.shape == (2, 16) and mask.sum().item() == 17
+    with pytest.raises(ValueError, match="a text of 17 tokens is longer than the context"):
+        rlaif.pad([[0] * 17], "left", gpt2(context=16))
+
+
+@pytest.mark.parametrize("single, before", [("^ $A <eos>", [2]), ("$A <eos>", []), ("^ $A", [2]), ("$A", [])])
+def test_a_text_keeps_the_bos_that_its_tokenizer_adds_and_loses_the_eos_that_it_adds(single, before):
+    tokenizer = letters("ab^")
+    ends = [("^", 2), ("<eos>", 3)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ends)
+    assert rlaif.tokenize(tokenizer, ["ab", "b", "a<eos>"]) == [
+        before + [0, 1], before + [1], before + [0, 3]], "an EOS of the text's own stays"
+
+
 def rows_of(preference, texts):
     """The texts as ended replies to the prompt c, in the preference model's own tokens."""
     return preference.tokenize(["c"] * len(texts), texts, [True] * len(texts))

@@ -747,7 +747,7 @@ def kl_level():
         "k2 in the loss": Arm(how=("kl_in_loss",))}
     uneven = {label: arm for label, arm in arms.items() if "uneven" in label}
     even = {label: arm for label, arm in arms.items() if label not in uneven}
-    draw("kl_level", {label: arm.curves() for label, arm in even.items()})
+    draw("kl_level", {label: arm.curves() for label, arm in arms.items()})
     text = frontier_table(uneven, **{"spread over prompts": "spread"}) + "\n\n" + frontier_table(even)
     for label in list(even)[1:]:
         gold = compare("", arms[label].at_kl(), arms["token"].at_kl())
@@ -1126,6 +1126,9 @@ def main():
     for name, (generator, arms) in begun.items():
         verdict, tables = conclude(generator, arms, done)
         claim = globals()[name].__doc__.splitlines()[0]
+        if not args.quick and not verdict.differences:
+            readme = write_between(readme, name, "Not run yet.")
+            continue
         rows.append([f"[`{name}`](#{name}) {claim}", f"**{verdict}**",
                      f"{verdict.compared}: {verdict.numbers()}", f"[curves](figures/{name}.png)"])
         print(f"\n{claim}\n{verdict}: {verdict.compared}: {verdict.numbers()}\n\n{tables}")
