@@ -733,7 +733,7 @@ def kl_level():
     The topics are made to differ: the score of every other one is × 3, so that its replies drift further.
     Decides: root of the KL at β 0.3, batch less sequence; where all pay the mean, β is × 64, the size of the
     batch, so that each response pays as much for its own KL. Not at the same KL: in a trial (of KL only, on
-    the shipped preference model) no price of the batch's mean held the policy at all.
+    the shipped preference model) neither of two prices of the batch's mean held the policy at all.
     """
     arms = yield {
         "token": DEFAULT,
