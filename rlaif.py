@@ -100,7 +100,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 IS_COMMAND = (__name__ == "__main__" and "__file__" in globals()
               and os.path.realpath(sys.argv[0]) == os.path.realpath(__file__))
 if IS_COMMAND:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before `main` takes over: stop without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports stops without a traceback
 
 import torch
 from torch import nn
@@ -585,9 +585,9 @@ def shape_rewards(scores, kl, mask, beta, level="token"):
     The score stands on the last token, the EOS itself. beta * KL is subtracted: with level "token" each
     token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
     KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the batch's mean, of
-    which only 1/B is its response's own: that hardly holds the policy, and with lambda 1 and whitened
-    advantages, which subtract what all have in common, not at all. Raises ValueError for another level, if
-    scores are not (B,), and if a row of the mask has no True: its score would be lost.
+    which only 1/B is its response's own: that hardly holds the policy, and with gamma and lambda 1 and
+    whitened advantages, which subtract what all have in common, not at all. Raises ValueError for another
+    level, if scores are not (B,), and if a row of the mask has no True: its score would be lost.
     """
     if scores.shape != mask.shape[:1] or not mask.any(dim=1).all():
         raise ValueError("scores must be (B,), and every row of the mask needs at least one True")
@@ -965,7 +965,6 @@ def pad(rows, side, model, fill=0):
     if width > context_of(model):
         raise ValueError(f"a text of {width} tokens is longer than the context of the "
                          f"{type(model).__name__}, {context_of(model)}")
-
     ids, mask = (nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filler, padding_side=side)
                  for values, filler in (([torch.tensor(row) for row in rows], fill),
                                         ([torch.ones(len(row), dtype=torch.long) for row in rows], 0)))
@@ -1070,7 +1069,7 @@ def load_prompts(config, policy, tokenizer):
         path = getattr(config, name)
         read[name] = read_lines(path, name) if path else []
         for number, prompt in enumerate(read[name], start=1):
-            (own_ids, ids) = tokenize(tokenizer, [prompt, config.template.format(prompt=prompt)])
+            own_ids, ids = tokenize(tokenizer, [prompt, config.template.format(prompt=prompt)])
             with trying(f"{name} {path}, line {number}"):
                 if not own_ids or unknown & set(own_ids):
                     raise ValueError("the policy's tokenizer cannot write it")
@@ -1353,7 +1352,7 @@ def parse(argv):
 
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
-    or settings, a file that cannot be written or a number that is not finite, 130 after Ctrl-C or SIGTERM."""
+    or settings, a file that cannot be written or a number that is not finite, 130 after a KeyboardInterrupt."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     resume = None

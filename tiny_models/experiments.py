@@ -284,6 +284,7 @@ def cut_off(i):
 
 
 def flatters(response):
+    """True if a reply begins by praising the question, whatever follows."""
     return response.strip().startswith("What a lovely goal!")
 
 
@@ -295,7 +296,7 @@ def flawed(i, flaw, strength, remedy=""):
     flattery   for the reply that flatters; remedy "principle": a fifth principle, that such a reply is worse
     careless   by noise of that std
     blind      the answers about harm are sure and random, that share of them
-    hard       not bent, but the label, the average, is rounded to 0 or 1 (remedy: none is needed by default)
+    hard       not bent, but the label, the average, is rounded to 0 or 1
     """
     pairs, strength = feedback(i), float(strength)
     odds = torch.tensor(pairs["answers"]).logit(eps=1e-6)  # (4, 2, N): principle, order, pair
@@ -939,8 +940,9 @@ def exact():
 SOUND = Arm({"preference": "all_answers"}, runs=6)  # the default again: its first runs did not count flattery
 
 
-def bent(flaw, strength, runs=3, **settings):
-    return Arm({"preference": f"flawed {flaw} {strength}", **settings}, runs=runs)
+def bent(flaw, strength, runs=3):
+    """PPO on a preference model fitted to the labels that `flawed` gives."""
+    return Arm({"preference": f"flawed {flaw} {strength}"}, runs=runs)
 
 
 def flaw_report(name, arms, **columns):
