@@ -1352,7 +1352,7 @@ def parse(argv):
 
 def main(argv=None):
     """The command line: train, then show what became of the policy. Returns the exit code: 0, 2 for bad input
-    or settings, a file that cannot be written or a number that is not finite, 130 after a KeyboardInterrupt."""
+    or settings, a file that cannot be written or a number that is not finite, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     resume = None
