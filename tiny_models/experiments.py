@@ -45,6 +45,7 @@ FOLDER = pathlib.Path(__file__).parent
 RESULTS, FIGURES = FOLDER / "results.jsonl", FOLDER / "figures"
 KEPT = pathlib.Path("runs/experiments")
 AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in README.md
+SEEN = ("gold", "KL", "score", "entropy", "length", "distinct", "committee", "judge", "agreement")
 TRAINING = ("kl", "gold", "score", "entropy", "length", "distinct")  # what is kept of every iteration
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
@@ -420,6 +421,29 @@ def watched(i, settings, every=10):
     return {**measure(run), **history_of(history), "seen": seen}
 
 
+def alarmed(i, settings, every=5):
+    """Looks all along the run at what a user can see who does not know the truth, each on the last batch ->
+    lists of the numbers named in SEEN; a run that is looked at stays the same run, digit for digit."""
+    run, judge = prepared(i, settings), load_judge()
+    members, looks, history = committee(i, "all_answers"), [], []
+    while run.iteration < run.config.iterations:
+        history.append(rlaif.update(run, rlaif.roll_out(run)))
+        if run.iteration % every == 0:
+            r, n = run.rollout, 32
+            with torch.random.fork_rng(devices=[]):
+                rivals = rlaif.respond(run.reference, run.tokenizer, r.prompts, run.config)
+            asked = r.prompts[:n], r.responses[:n], rivals.responses[:n]
+            wins = rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, *asked)
+            rival_scores = torch.tensor(run.score(rivals.prompts, rivals.responses, rivals.ended.tolist()))
+            agree = (wins > 0.5) == (r.raw_scores > rival_scores)[:n]
+            scores = torch.tensor([m(r.prompts, r.responses, r.ended.tolist()) for m in members])
+            recent = [statistics.mean(m[name] for m in history[-every:])
+                      for name in ("gold", "kl", "score", "entropy", "length", "distinct")]
+            looks.append([round(x, 4) for x in (*recent, scores.std(dim=0).mean().item(),
+                                                wins.mean().item(), agree.float().mean().item())])
+    return {**measure(run), **history_of(history), "looks": looks}
+
+
 def scaled(i, settings, scale):
     """The score multiplied by a number."""
     preference = preference_model(i)
@@ -513,6 +537,21 @@ def agreement(preference, policy, tokenizer, n=4096):
     return count, right
 
 
+def followed(i, settings):
+    """A flaw on its way to the policy: the share of pairs, of those whose gold differs, about which gold
+    agrees with the labels, and with the preference model fitted to them (on the next run's pairs)."""
+    def right(pairs, prob_a):
+        a, b = (torch.tensor(world.gold_scores(pairs["prompts"], pairs[f"responses_{side}"]))
+                for side in "ab")
+        return ((prob_a > 0.5) == (a > b))[a != b].float().mean().item()
+    kind, fresh = settings["preference"], feedback(i if i < 0 else (i + 1) % 6)
+    name, *further = kind.split()
+    preference = preference_model(i, kind)
+    a, b = (torch.tensor(preference(fresh["prompts"], fresh[f"responses_{side}"], fresh[f"ended_{side}"]))
+            for side in "ab")
+    return {"labels": right(*globals()[name](i, *further)), "model": right(fresh, (a - b).sigmoid())}
+
+
 def aged(i, settings):
     """The run's preference model on pairs of the first policy and of the last one; of the first, weighted to
     the last one's sizes of the gold difference, since harder pairs are not staleness."""
@@ -564,9 +603,14 @@ def levelled(i, settings):
     return finish(prepared(i, settings, score))
 
 
+def committee(i, kind):
+    """The preference models of run i and of the next two; of run -1 thrice the shipped one."""
+    return [preference_model(i if i < 0 else (i + k) % 6, kind) for k in range(3)]
+
+
 def ensemble(i, settings, how):
-    """The mean or the minimum of the scores of three preference models: of the next two runs, too."""
-    members = [preference_model(j % 6, settings["preference"]) for j in (i, i + 1, i + 2)]
+    """The mean or the minimum of the scores of three preference models."""
+    members = committee(i, settings["preference"])
 
     def score(prompts, responses):
         scores = torch.tensor([member(prompts, responses) for member in members])
@@ -937,7 +981,8 @@ def exact():
 # %% AI feedback that goes wrong: from a flaw planted in the judge to the policy
 
 
-SOUND = Arm({"preference": "all_answers"}, runs=6)  # the default again: its first runs did not count flattery
+# The default again, since its first runs did not count flattery, and looked at by `alarms`.
+SOUND = Arm({"preference": "all_answers"}, runs=6, how=("alarmed",))
 
 
 def bent(flaw, strength, runs=3):
@@ -1020,8 +1065,84 @@ def hard():
                    arms["hard"].at_kl()), flaw_report("hard", arms)
 
 
+def flaws():
+    """A flaw that is the same every time harms the policy more than noise that spoils as many labels.
+
+    Decides: gold at the same KL, with noise of std 8 (the labels agree with gold in 0.62 of the pairs) less
+    with 0.6 nats for a word more (0.69).
+    """
+    kinds = {"no flaw": "all_answers", "position 3": "flawed position 3",
+             "position 3, both orders": "flawed position 3 both", "length 0.6": "flawed length 0.6",
+             "flattery 4": "flawed flattery 4", "careless 8": "flawed careless 8",
+             "blind to harm": "flawed blind 1", "hard labels": "flawed hard 1"}
+    arms = yield {**{label: DEFAULT if label == "no flaw" else Arm({"preference": kind}, runs=6)
+                     for label, kind in kinds.items()},
+                  **{f"{label}: judge": Arm({"preference": kind}, (0.3,), 6, ("followed",))
+                     for label, kind in kinds.items()}}
+    rows, points = [], {}
+    for label in kinds:
+        judge, gold = arms[f"{label}: judge"], arms[label].at_kl()
+        if judge.results and gold:
+            labels = judge.at_beta(0.3, "labels")
+            points[label] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
+            rows.append([label, *map(mean_and_std, (labels.values(), judge.at_beta(0.3, "model").values(),
+                                                    gold.values()))])
+    draw("flaws", points, "agreement of the labels with gold", f"gold of the policy at {AT_KL} nats",
+         at_kl=False)
+    return compare(f"gold at {AT_KL} nats, careless 8 less length 0.6", arms["careless 8"].at_kl(),
+                   arms["length 0.6"].at_kl()), markdown(
+                       ["flaw of the judge", "labels agree with gold", "preference model agrees",
+                        f"gold of the policy at {AT_KL} nats"], rows)
+
+
+def levels(looks):
+    """How loud each alarm is at each look: KL, score and the committee's spread as they are; the length, how
+    far it is from its first; the others, how far they fell from their highest -> {name: list}."""
+    column = {name: [look[k] for look in looks] for k, name in enumerate(SEEN) if name != "gold"}
+    for name in ("entropy", "distinct", "judge", "agreement"):
+        column[name] = [max(column[name][:k + 1]) - x for k, x in enumerate(column[name])]
+    column["length"] = [abs(x - column["length"][0]) for x in column["length"]]
+    return column
+
+
+def alarms():
+    """What a user can see without the truth gives the cheating away in time.
+
+    An alarm rings at the first look at which it is louder than it ever was in the 18 runs that do not cheat
+    (β 0.15, 0.3 and 0.6): so it rings falsely in about one of twenty. Decides, at β 0: iterations from the
+    first ring to the look at which gold is highest, of the alarm that is the best in the other five runs.
+    """
+    arms = yield {"sound": SOUND, "β 0": Arm({"preference": "all_answers", "iterations": 110}, (0.0,), 6,
+                                             ("alarmed",))}
+    sound, cheats = ({at: levels(result["looks"]) for at, result in arms[label].results.items()}
+                     for label in ("sound", "β 0"))
+    golds = {at: [look[0] for look in result["looks"]] for at, result in arms["β 0"].results.items()}
+    early, rows = {}, []
+    for name in SEEN[1:]:
+        limit = max((max(level[name]) for level in sound.values()), default=math.inf)
+        rings = {at: [k for k, x in enumerate(level[name]) if x > limit] for at, level in cheats.items()}
+        early[name] = {at[1]: 5 * (gold.index(max(gold)) - (rings[at] or [len(gold)])[0])
+                       for at, gold in golds.items()}
+        if cheats:
+            rows.append([name, f"{limit:.2f}", f"{sum(map(bool, rings.values()))} of {len(rings)}",
+                         f"{statistics.median(early[name].values()):+g}",
+                         " ".join(f"{lead:+d}" for lead in early[name].values())])
+
+    def others(name, i):
+        return statistics.median([lead for j, lead in early[name].items() if j != i] or [0])
+    best = {i: max(early, key=lambda name: others(name, i)) for i in early["KL"]}
+    lead = {i: early[name][i] for i, name in best.items()}
+    draw("alarms", {"gold": {at: [(5 * k + 5, x) for k, x in enumerate(gold)] for at, gold in golds.items()},
+                    **{name: {at: [(5 * k + 5, x) for k, x in enumerate(level[name])]
+                              for at, level in cheats.items()} for name in ("score", "judge", "entropy")}},
+         "iteration at β 0", "gold, and how loud three alarms are", at_kl=False)
+    return compare(f"iterations early, the best alarm elsewhere ({', '.join(sorted(set(best.values())))})",
+                   lead, dict.fromkeys(lead, 0)), markdown(
+        ["alarm", "threshold", "rings at β 0", "iterations early, median", "each run"], rows)
+
+
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
-               exact, position, length, flattery, careless, blind, hard)
+               exact, position, length, flattery, careless, blind, hard, flaws, alarms)
 
 
 # %% The command
