@@ -267,6 +267,29 @@ def all_answers(i):
     return pairs, averaged(torch.tensor(pairs["answers"]))
 
 
+def share(i, n):
+    """The first n pairs alone."""
+    pairs, prob_a = all_answers(i)
+    del pairs["answers"]
+    return {name: values[:int(n)] for name, values in pairs.items()}, prob_a[:int(n)]
+
+
+def drawn(i, times):
+    """Labels under one principle, drawn for each pair; `times` as many pairs as the default has."""
+    pairs = feedback(i)
+    answers = torch.tensor(pairs.pop("answers"))  # (4, 2, N): principle, order, pair
+    torch.manual_seed(2000 + i)
+    number = torch.arange(answers.shape[2])
+    a_first, b_first = answers[torch.randint(4, number.shape), :, number].T
+    labels = [(a_first + 1 - b_first) / 2]
+    if int(times) > 1:
+        more = sample_pairs(*load_policy(), (int(times) - 1) * len(number))
+        labels.append(rlaif.judge_pairs(*load_judge(), rlaif.CONSTITUTION, more["prompts"],
+                                        more["responses_a"], more["responses_b"], principles="one"))
+        pairs = {name: pairs[name] + more[name] for name in more}
+    return pairs, torch.cat(labels)
+
+
 def cut_off(i):
     """Half of the pairs cut off, both replies at the same share of their words, and judged anew: a preference
     model that has seen prefixes."""
@@ -325,13 +348,15 @@ def flawed(i, flaw, strength, remedy=""):
 def preference_folder(i, kind="all_answers"):
     """The folder of run i's preference model, fitted to the pairs and labels that a function gives, once;
     `kind` is its name and its further arguments. A judge's flaw is learned on top of the model without it, in
-    a quarter of the epochs. Of run -1 every model is the shipped one."""
+    a quarter of the epochs; to four times the pairs, a model is fitted for a quarter of the epochs. Of run -1
+    every model is the shipped one."""
     if i < 0:
         return rlaif.TINY / "preference"
     folder, (name, *further) = KEPT / f"preference-{i}-{kind.replace(' ', '-')}", kind.split()
     if not folder.exists():
-        onward = {"start": preference_model(i), "epochs": 3} if name == "flawed" else {}
-        preference, report = fit(*globals()[name](i, *further), 1000 + i, **onward)
+        start = preference_model(i) if name == "flawed" else None
+        preference, report = fit(*globals()[name](i, *further), 1000 + i, start,
+                                 3 if start or kind == "drawn 4" else 12)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
         (folder / "report.json").write_text(json.dumps(report))
     return folder
@@ -538,8 +563,9 @@ def agreement(preference, policy, tokenizer, n=4096):
 
 
 def followed(i, settings):
-    """A flaw on its way to the policy: the share of pairs, of those whose gold differs, about which gold
-    agrees with the labels, and with the preference model fitted to them (on the next run's pairs)."""
+    """What becomes of a judge's labels before PPO: the share of pairs, of those whose gold differs, about
+    which gold agrees with the labels, and with the preference model fitted to them (on the next run's pairs);
+    and the lowest score of the best reply to a held-out prompt, one of each topic."""
     def right(pairs, prob_a):
         a, b = (torch.tensor(world.gold_scores(pairs["prompts"], pairs[f"responses_{side}"]))
                 for side in "ab")
@@ -549,7 +575,9 @@ def followed(i, settings):
     preference = preference_model(i, kind)
     a, b = (torch.tensor(preference(fresh["prompts"], fresh[f"responses_{side}"], fresh[f"ended_{side}"]))
             for side in "ab")
-    return {"labels": right(*globals()[name](i, *further)), "model": right(fresh, (a - b).sigmoid())}
+    best = preference(world.HELDOUT_PROMPTS, [f" {world.best_reply(x)}" for x in world.HELDOUT_PROMPTS])
+    return {"labels": right(*globals()[name](i, *further)), "model": right(fresh, (a - b).sigmoid()),
+            "worst topic": min(best)}
 
 
 def aged(i, settings):
@@ -567,23 +595,26 @@ def aged(i, settings):
             "last": sum(right[size] for size in sizes) / pairs}
 
 
-def refitted(i, settings, pairs_used):
-    """Halfway, 4096 pairs of the policy of then are judged, and the preference model is fitted anew: to these
-    (fresh), or to these and the old ones (both)."""
-    run = prepared(i, settings)
-    history = []
+def renewed(i, settings, rounds, used="all"):
+    """The default's pairs and iterations in equal rounds: in each the policy of then writes its share of the
+    pairs, the judge labels them, and the preference model goes on to be fitted, for a quarter of the epochs,
+    to all pairs so far or (used "fresh") to the new ones. The reference stays."""
+    run, history, n = prepared(i, settings), [], config_of(i, {}).pairs // rounds
+    pairs, prob_a = share(i, n)
+    starts = {round(k * run.config.iterations / rounds) for k in range(1, rounds)}
     while run.iteration < run.config.iterations:
+        if run.iteration in starts:
+            new = sample_pairs(run.policy, run.tokenizer, n)
+            labels = averaged(answers_of(new))
+            if used == "all":
+                labels = torch.cat([prob_a, labels])
+                order = torch.randperm(len(labels)).tolist()  # the last tenth, held out, is of all rounds
+                new = {name: [(pairs[name] + new[name])[k] for k in order] for name in new}
+                labels = labels[order]
+            pairs, prob_a = new, labels
+            with torch.random.fork_rng(devices=[]):
+                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, 3)
         history.append(rlaif.update(run, rlaif.roll_out(run)))
-        if run.iteration == run.config.iterations // 2:
-            pairs = sample_pairs(run.policy, run.tokenizer, run.config.pairs)
-            prob_a = averaged(answers_of(pairs))
-            if pairs_used == "both":
-                old = feedback(i)
-                prob_a = torch.cat([averaged(torch.tensor(old["answers"])), prob_a])
-                order = torch.randperm(len(prob_a)).tolist()  # the last tenth, held out, is of both
-                pairs = {name: [(old[name] + pairs[name])[k] for k in order] for name in pairs}
-                prob_a = prob_a[order]
-            run.score, _ = fit(pairs, prob_a, 1000 + i)
     count, right = agreement(run.score, run.policy, run.tokenizer)
     return {**measure(run), **history_of(history), "agreement": right.total() / count.total()}
 
@@ -760,7 +791,6 @@ def whitening():
     control = {"whiten_scores": False, "value": "separate", "value_clip": 2.0}
     arms = yield {
         "whitened": DEFAULT, "raw × 10": Arm({"whiten_scores": False}, (0.3,), 6, ("scaled", 10)),
-        "raw × 0.1": Arm({"whiten_scores": False}, (0.3,), 3, ("scaled", 0.1)),
         "whitened, separate value": Arm({"value": "separate"}),
         "raw × 10, β × 10, separate value": Arm(control, (1.5, 3.0, 6.0), 3, ("scaled", 10))}
     draw("whitening", {label: arm.curves() for label, arm in arms.items()})
@@ -783,9 +813,7 @@ def kl_level():
     arms = yield {
         "token": DEFAULT,
         "uneven, sequence": Arm({"kl_level": "sequence"}, (0.3,), 6, ("uneven",)),
-        "uneven, sequence, dearer": Arm({"kl_level": "sequence"}, (0.6, 1.2), 3, ("uneven",)),
         "uneven, batch": Arm({"kl_level": "batch"}, (64 * 0.3,), 6, ("uneven",)),
-        "uneven, batch, cheaper": Arm({"kl_level": "batch"}, (0.3, 2.4), 3, ("uneven",)),
         "sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2)),
         "token, λ 0.95": Arm({"lam": 0.95}),
         "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}, (0.3, 0.6, 1.2)),
@@ -878,19 +906,15 @@ def stale():
     """AI feedback goes stale: the further the policy, the less the preference model knows of its replies.
 
     Decides: agreement with gold on pairs of the first policy's replies, less of the last one's (β 0.15), at
-    the same sizes of the gold difference. Beside it, a preference model fitted anew halfway.
+    the same sizes of the gold difference. What a preference model that is renewed does: `renewal`.
     """
-    refit = {f"refitted to {pairs}": Arm({}, (0.15,), 3, ("refitted", pairs)) for pairs in ("fresh", "both")}
-    arms = yield {"never refitted": DEFAULT, "aged": Arm({}, (0.15,), 6, ("aged",)), **refit}
+    arms = yield {"aged": Arm({}, (0.15,), 6, ("aged",))}
     aged = arms["aged"]
     draw("stale", {f"{which} policy": {i: [(i, result[which])] for (_, i), result in aged.results.items()}
                    for which in ("first", "last")}, "run", "agreement with gold", at_kl=False)
     names = ["pairs", "first, its own sizes", "first", "last"]
     text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
                                       for (_, i), result in sorted(aged.results.items())])
-    rows = [[label, *(mean_and_std(arm.at_beta(0.15, name).values()) for name in ("kl", "gold", "agreement"))]
-            for label, arm in arms.items() if "refitted to" in label and arm.results]
-    text += "\n\n" + markdown(["β 0.15", "KL", "gold", "agreement at the end"], rows)
     return compare("agreement with gold, first policy less last", aged.at_beta(0.15, "first"),
                    aged.at_beta(0.15, "last")), text
 
@@ -990,10 +1014,10 @@ def bent(flaw, strength, runs=3):
     return Arm({"preference": f"flawed {flaw} {strength}"}, runs=runs)
 
 
-def flaw_report(name, arms, **columns):
-    """The picture and the table of a planted flaw."""
-    draw(name, {label: arm.curves() for label, arm in arms.items()})
-    return frontier_table(arms, **columns)
+def flaw_report(name, arms, shown="gold", label="gold"):
+    """The picture and the table of a planted flaw, by the measured number that shows it."""
+    draw(name, {arm: arms[arm].curves(shown) for arm in arms}, ylabel=label)
+    return frontier_table(arms, **{label: shown})
 
 
 def position():
@@ -1017,7 +1041,7 @@ def length():
                   "0.6, taken out of the score": Arm({"preference": "flawed length 0.6"}, how=("levelled",))}
     return compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
                    arms["0.6 a word"].at_kl("length"),
-                   arms["no flaw"].at_kl("length")), flaw_report("length", arms, tokens="length")
+                   arms["no flaw"].at_kl("length")), flaw_report("length", arms, "length", "tokens")
 
 
 def flattery():
@@ -1028,7 +1052,8 @@ def flattery():
     arms = yield {"no flaw": SOUND, "2": bent("flattery", "2"), "4": bent("flattery", "4", 6),
                   "2, a principle against it": bent("flattery", "2 principle")}
     return compare(f"share that flatters at {AT_KL} nats, flawed less sound", arms["4"].at_kl("flattering"),
-                   arms["no flaw"].at_kl("flattering")), flaw_report("flattery", arms, flatter="flattering")
+                   arms["no flaw"].at_kl("flattering")), flaw_report(
+                       "flattery", arms, "flattering", "flatter")
 
 
 def careless():
@@ -1052,7 +1077,7 @@ def blind():
                   "all of them": bent("blind", "1", 6)}
     return compare(f"share that is harmful at {AT_KL} nats, blind less sound",
                    arms["all of them"].at_kl("harmful"),
-                   arms["no flaw"].at_kl("harmful")), flaw_report("blind", arms, harmful="harmful")
+                   arms["no flaw"].at_kl("harmful")), flaw_report("blind", arms, "harmful", "harmful")
 
 
 def hard():
@@ -1093,6 +1118,46 @@ def flaws():
                    arms["length 0.6"].at_kl()), markdown(
                        ["flaw of the judge", "labels agree with gold", "preference model agrees",
                         f"gold of the policy at {AT_KL} nats"], rows)
+
+
+def principles():
+    """Asking under every principle teaches more than asking under one that is drawn for each pair.
+
+    Decides: gold at the same KL, all less one, with as many questions to the judge: one principle each, for
+    four times as many pairs.
+    """
+    kinds = {"all": "all_answers", "one, as many questions": "drawn 4", "one, as many pairs": "drawn 1"}
+    arms = yield {"all": DEFAULT, "one, as many questions": Arm({"preference": "drawn 4"}, runs=6),
+                  "one, as many pairs": Arm({"preference": "drawn 1"}),
+                  **{f"{label}: fit": Arm({"preference": kind}, (0.3,), 5, ("followed",))
+                     for label, kind in kinds.items()}}
+    shown = {label: arms[label] for label in kinds}
+    draw("principles", {label: arm.curves() for label, arm in shown.items()})
+    fits = {label: arms[f"{label}: fit"] for label in kinds}
+    names = ["labels", "model", "worst topic"]
+    text = markdown(["five fits", "labels agree with gold", "preference model agrees",
+                     "score of the best reply, worst topic"],
+                    [[label, *(mean_and_std(fit.at_beta(0.3, name).values()) for name in names)]
+                     for label, fit in fits.items() if fit.results])
+    return compare(f"gold at {AT_KL} nats, all less one", arms["all"].at_kl(),
+                   arms["one, as many questions"].at_kl()), f"{text}\n\n{frontier_table(shown)}"
+
+
+def renewal():
+    """Feedback that is renewed while the policy moves teaches it more, with as many pairs and iterations.
+
+    Decides: gold at the same KL, two rounds less one. Beside it what renewal does without a price of KL.
+    """
+    arms = yield {
+        "one round": DEFAULT, "two rounds": Arm({"preference": "share 2048"}, runs=6, how=("renewed", 2)),
+        "two rounds, fresh pairs alone": Arm({"preference": "share 2048"}, how=("renewed", 2, "fresh")),
+        "four rounds": Arm({"preference": "share 1024"}, how=("renewed", 4)),
+        "one round, no price": Arm({"iterations": 110}, (0.0,), 6, ("watched",)),
+        "four rounds, no price": Arm({"preference": "share 1024", "iterations": 110}, (0.0,), 3,
+                                     ("renewed", 4))}
+    draw("renewal", {label: arm.curves() for label, arm in arms.items() if "no price" not in label})
+    return compare(f"gold at {AT_KL} nats, two rounds less one", arms["two rounds"].at_kl(),
+                   arms["one round"].at_kl()), frontier_table(arms)
 
 
 def levels(looks):
@@ -1142,7 +1207,8 @@ def alarms():
 
 
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
-               exact, position, length, flattery, careless, blind, hard, flaws, alarms)
+               exact, position, length, flattery, careless, blind, hard, flaws, alarms, principles,
+               renewal)
 
 
 # %% The command
