@@ -46,7 +46,6 @@ RESULTS, FIGURES = FOLDER / "results.jsonl", FOLDER / "figures"
 KEPT = pathlib.Path("runs/experiments")
 AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in README.md
 SEEN = ("gold", "KL", "score", "entropy", "length", "distinct", "committee", "judge", "agreement")
-TRAINING = ("kl", "gold", "score", "entropy", "length", "distinct")  # what is kept of every iteration
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
 
@@ -347,14 +346,14 @@ def flawed(i, flaw, strength, remedy=""):
 
 def preference_folder(i, kind="all_answers"):
     """The folder of run i's preference model, fitted to the pairs and labels that a function gives, once;
-    `kind` is its name and its further arguments. A judge's flaw is learned on top of the model without it, in
-    a quarter of the epochs; to four times the pairs, a model is fitted for a quarter of the epochs. Of run -1
-    every model is the shipped one."""
+    `kind` is its name and its further arguments. A flaw, unless it is noise, is learned on top of the model
+    without it, in a quarter of the epochs; to four times the pairs, a model is fitted for a quarter of the
+    epochs. Of run -1 every model is the shipped one."""
     if i < 0:
         return rlaif.TINY / "preference"
     folder, (name, *further) = KEPT / f"preference-{i}-{kind.replace(' ', '-')}", kind.split()
     if not folder.exists():
-        start = preference_model(i) if name == "flawed" else None
+        start = preference_model(i) if name == "flawed" and further[0] != "careless" else None
         preference, report = fit(*globals()[name](i, *further), 1000 + i, start,
                                  3 if start or kind == "drawn 4" else 12)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
@@ -412,8 +411,7 @@ def history_of(history):
     seconds = [sum(m[step] for step in steps) for m in history]
     late = history[len(history) // 2:]
     return {"reference_share": sum(m["seconds_reference"] for m in history) / sum(seconds),
-            "explained_variance": statistics.mean(m["explained_variance"] for m in late),
-            "training": [[round(m[name], 3) for name in TRAINING] for m in history]}
+            "explained_variance": statistics.mean(m["explained_variance"] for m in late)}
 
 
 def ppo(i, settings):
@@ -446,10 +444,11 @@ def watched(i, settings, every=10):
     return {**measure(run), **history_of(history), "seen": seen}
 
 
-def alarmed(i, settings, every=5):
-    """Looks all along the run at what a user can see who does not know the truth, each on the last batch ->
-    lists of the numbers named in SEEN; a run that is looked at stays the same run, digit for digit."""
-    run, judge = prepared(i, settings), load_judge()
+def alarmed(i, settings, score="preference model", every=5):
+    """Looks all along the run, which stays the same run digit for digit, at what a user can see who does not
+    know the truth -> lists of the numbers named in SEEN: means of the last five batches, the last three of
+    the last batch. With score "gold" the policy is trained on the truth, which it cannot cheat."""
+    run, judge = prepared(i, settings, world.gold_scores if score == "gold" else None), load_judge()
     members, looks, history = committee(i, "all_answers"), [], []
     while run.iteration < run.config.iterations:
         history.append(rlaif.update(run, rlaif.roll_out(run)))
@@ -457,14 +456,16 @@ def alarmed(i, settings, every=5):
             r, n = run.rollout, 32
             with torch.random.fork_rng(devices=[]):
                 rivals = rlaif.respond(run.reference, run.tokenizer, r.prompts, run.config)
-            asked = r.prompts[:n], r.responses[:n], rivals.responses[:n]
-            wins = rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, *asked)
-            rival_scores = torch.tensor(run.score(rivals.prompts, rivals.responses, rivals.ended.tolist()))
-            agree = (wins > 0.5) == (r.raw_scores > rival_scores)[:n]
+            wins = rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, r.prompts[:n], r.responses[:n],
+                                     rivals.responses[:n])
+            rival = torch.tensor(members[0](r.prompts, rivals.responses, rivals.ended.tolist()))
             scores = torch.tensor([m(r.prompts, r.responses, r.ended.tolist()) for m in members])
-            recent = [statistics.mean(m[name] for m in history[-every:])
-                      for name in ("gold", "kl", "score", "entropy", "length", "distinct")]
-            looks.append([round(x, 4) for x in (*recent, scores.std(dim=0).mean().item(),
+            agree = (wins > 0.5) == (scores[0] > rival)[:n]
+            means = {name: statistics.mean(m[name] for m in history[-every:])
+                     for name in ("gold", "kl", "score", "entropy", "length", "distinct")}
+            if score == "gold":
+                means["score"] = scores[0].mean().item()
+            looks.append([round(x, 4) for x in (*means.values(), scores.std(dim=0).mean().item(),
                                                 wins.mean().item(), agree.float().mean().item())])
     return {**measure(run), **history_of(history), "looks": looks}
 
@@ -490,7 +491,7 @@ def uneven(i, settings):
     by_prompt = [[row["kl"] for row in rows if row["prompt"] == prompt] for prompt in world.PROMPTS]
     means = [statistics.mean(kl) for kl in by_prompt]
     noise = statistics.mean(statistics.variance(kl) / len(kl) for kl in by_prompt)
-    return {**measured, "kl": statistics.mean(means), "held_out_kl": measured["kl"],
+    return {**measured, "kl": statistics.mean(means),
             "spread": math.sqrt(max(0.0, statistics.variance(means) - noise))}
 
 
@@ -533,14 +534,14 @@ def second_round(i, settings, reference):
 
 
 def judged_directly(i, settings, principles):
-    """score = the judge's probability that a reply beats one of the reference's to the same prompt."""
+    """score = the judge's probability that a reply beats one of the reference's, drawn each time."""
     judge, (reference, tokenizer) = load_judge(), load_policy()
     torch.manual_seed(1000 + i)
     rivals = {prompt: rlaif.respond(reference, tokenizer, [prompt] * 32, rlaif.Config()).responses
               for prompt in world.PROMPTS + world.HELDOUT_PROMPTS}
 
     def score(prompts, responses):
-        against = [random.Random(y).choice(rivals[x]) for x, y in zip(prompts, responses)]
+        against = [rivals[x][k] for x, k in zip(prompts, torch.randint(32, (len(prompts),)).tolist())]
         return rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, prompts, responses, against,
                                  principles=principles).tolist()
     return finish(prepared(i, settings, score))
@@ -581,9 +582,9 @@ def followed(i, settings):
 
 
 def aged(i, settings):
-    """The run's preference model on pairs of the first policy and of the last one; of the first, weighted to
-    the last one's sizes of the gold difference, since harder pairs are not staleness."""
-    torch.manual_seed(1000 + i)
+    """The run's preference model on new pairs of the first policy and of the last one; of the first, weighted
+    to the last one's sizes of the gold difference, since harder pairs are not staleness."""
+    torch.manual_seed(3000 + i)
     preference, (policy, tokenizer) = preference_model(i), load_policy()
     old_count, old_right = agreement(preference, policy, tokenizer)
     policy, _ = rlaif.load(AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
@@ -597,10 +598,10 @@ def aged(i, settings):
 
 def renewed(i, settings, rounds, used="all"):
     """The default's pairs and iterations in equal rounds: in each the policy of then writes its share of the
-    pairs, the judge labels them, and the preference model goes on to be fitted, for a quarter of the epochs,
-    to all pairs so far or (used "fresh") to the new ones. The reference stays."""
+    pairs, the judge labels them, and the preference model goes on to be fitted, to all pairs so far or (used
+    "fresh") to the new ones, in as many steps in all as the default's. The reference stays."""
     run, history, n = prepared(i, settings), [], config_of(i, {}).pairs // rounds
-    pairs, prob_a = share(i, n)
+    (pairs, prob_a), epochs = share(i, n), 12 if used == "fresh" else 24 // (rounds + 2)
     starts = {round(k * run.config.iterations / rounds) for k in range(1, rounds)}
     while run.iteration < run.config.iterations:
         if run.iteration in starts:
@@ -613,10 +614,9 @@ def renewed(i, settings, rounds, used="all"):
                 labels = labels[order]
             pairs, prob_a = new, labels
             with torch.random.fork_rng(devices=[]):
-                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, 3)
+                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, epochs)
         history.append(rlaif.update(run, rlaif.roll_out(run)))
-    count, right = agreement(run.score, run.policy, run.tokenizer)
-    return {**measure(run), **history_of(history), "agreement": right.total() / count.total()}
+    return {**measure(run), **history_of(history)}
 
 
 def levelled(i, settings):
@@ -664,20 +664,19 @@ def best_of_n(i, settings, n=64):
     return {"best": best}
 
 
-@torch.no_grad()
 def estimators(i, settings):
     """Bias and spread of k1, k2 and k3 against the exact KL of a token, in units of it: near the reference,
     after five iterations, and where the default run ends."""
     near = prepared(i, {**settings, "iterations": 75})
-    with torch.enable_grad():
-        for _ in range(5):
-            rlaif.update(near, rlaif.roll_out(near))
+    for _ in range(5):
+        rlaif.update(near, rlaif.roll_out(near))
     far, _ = rlaif.load(AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
     found, prompts = {}, world.HELDOUT_PROMPTS * 128
     for place, policy in (("near", near.policy), ("far", far)):
         r = rlaif.respond(policy, near.tokenizer, prompts, near.config)
         inputs = r.input_ids, r.attention_mask, r.tokens, r.mask
-        logits = [rlaif.response_logits(model, *inputs)[0] for model in (policy, near.reference)]
+        with torch.no_grad():
+            logits = [rlaif.response_logits(model, *inputs)[0] for model in (policy, near.reference)]
         p, q = (x.log_softmax(dim=-1) for x in logits)
         kl = (p.exp() * (p - q)).sum(dim=-1)[r.mask]
         found[f"exact {place}"] = kl.mean().item()
@@ -806,14 +805,13 @@ def kl_level():
     """A price that each response pays for its own KL controls the policy better than the batch's mean.
 
     The topics are made to differ: the score of every other one is × 3, so that its replies drift further.
-    Decides: root of the KL at β 0.3, batch less sequence; where all pay the mean, β is × 64, the size of the
-    batch, so that each response pays as much for its own KL. Not at the same KL: in a trial (of KL only, on
-    the shipped preference model) neither of two prices of the batch's mean held the policy at all.
+    Decides: root of the KL at β 0.3, batch less sequence. Not at the same KL: in a trial (of KL only, on the
+    shipped preference model) neither of two prices of the batch's mean held the policy at all.
     """
     arms = yield {
         "token": DEFAULT,
         "uneven, sequence": Arm({"kl_level": "sequence"}, (0.3,), 6, ("uneven",)),
-        "uneven, batch": Arm({"kl_level": "batch"}, (64 * 0.3,), 6, ("uneven",)),
+        "uneven, batch": Arm({"kl_level": "batch"}, (0.3,), 6, ("uneven",)),
         "sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2)),
         "token, λ 0.95": Arm({"lam": 0.95}),
         "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}, (0.3, 0.6, 1.2)),
@@ -825,9 +823,9 @@ def kl_level():
     for label in list(even)[1:]:
         gold = compare("", arms[label].at_kl(), arms["token"].at_kl())
         text += f"\n\nGold at {AT_KL} nats, {label}, less token: {gold.numbers()}."
-    roots = [{i: math.sqrt(kl) for i, kl in uneven[f"uneven, {level}"].at_beta(beta, "kl").items()}
-             for level, beta in (("batch", 64 * 0.3), ("sequence", 0.3))]
-    return compare("√KL at the same share of β 0.3, batch less sequence", *roots), text
+    roots = [{i: math.sqrt(kl) for i, kl in uneven[f"uneven, {level}"].at_beta(0.3, "kl").items()}
+             for level in ("batch", "sequence")]
+    return compare("√KL at β 0.3, batch less sequence", *roots), text
 
 
 def value():
@@ -1083,7 +1081,8 @@ def blind():
 def hard():
     """Soft labels teach the policy more than hard ones.
 
-    Decides: gold at the same KL, soft less hard.
+    Decides: gold at the same KL, soft less hard. The model of the hard labels was fitted to the soft ones
+    first, so this says too little rather than too much.
     """
     arms = yield {"soft": DEFAULT, "hard": bent("hard", "1", 6)}
     return compare(f"gold at {AT_KL} nats, soft less hard", arms["soft"].at_kl(),
@@ -1091,7 +1090,7 @@ def hard():
 
 
 def flaws():
-    """A flaw that is the same every time harms the policy more than noise that spoils as many labels.
+    """A flaw that is the same every time harms the policy more than noise that spoils more of the labels.
 
     Decides: gold at the same KL, with noise of std 8 (the labels agree with gold in 0.62 of the pairs) less
     with 0.6 nats for a word more (0.69).
@@ -1171,39 +1170,41 @@ def levels(looks):
 
 
 def alarms():
-    """What a user can see without the truth gives the cheating away in time.
+    """What a user can see without the truth says when to stop a policy that cheats.
 
-    An alarm rings at the first look at which it is louder than it ever was in the 18 runs that do not cheat
-    (β 0.15, 0.3 and 0.6): so it rings falsely in about one of twenty. Decides, at β 0: iterations from the
-    first ring to the look at which gold is highest, of the alarm that is the best in the other five runs.
+    An alarm rings at the first look at which it is louder than it ever was in 24 runs that do not cheat: 18
+    at a price, and 6 that drift without one, trained on the truth itself. Decides, at β 0: gold where it
+    rings, less gold at the end; the alarm is the one that gains most in the other five runs.
     """
-    arms = yield {"sound": SOUND, "β 0": Arm({"preference": "all_answers", "iterations": 110}, (0.0,), 6,
-                                             ("alarmed",))}
-    sound, cheats = ({at: levels(result["looks"]) for at, result in arms[label].results.items()}
-                     for label in ("sound", "β 0"))
-    golds = {at: [look[0] for look in result["looks"]] for at, result in arms["β 0"].results.items()}
-    early, rows = {}, []
+    free = {"preference": "all_answers", "iterations": 110}
+    arms = yield {"sound": SOUND, "trained on gold": Arm(free, (0.0,), 6, ("alarmed", "gold")),
+                  "β 0": Arm(free, (0.0,), 6, ("alarmed",))}
+    looks = {label: [(i, result["looks"]) for (_, i), result in sorted(arm.results.items())]
+             for label, arm in arms.items()}
+    honest = [levels(seen) for label in ("sound", "trained on gold") for _, seen in looks[label]]
+    gained, rows = {}, []
     for name in SEEN[1:]:
-        limit = max((max(level[name]) for level in sound.values()), default=math.inf)
-        rings = {at: [k for k, x in enumerate(level[name]) if x > limit] for at, level in cheats.items()}
-        early[name] = {at[1]: 5 * (gold.index(max(gold)) - (rings[at] or [len(gold)])[0])
-                       for at, gold in golds.items()}
-        if cheats:
-            rows.append([name, f"{limit:.2f}", f"{sum(map(bool, rings.values()))} of {len(rings)}",
-                         f"{statistics.median(early[name].values()):+g}",
-                         " ".join(f"{lead:+d}" for lead in early[name].values())])
-
-    def others(name, i):
-        return statistics.median([lead for j, lead in early[name].items() if j != i] or [0])
-    best = {i: max(early, key=lambda name: others(name, i)) for i in early["KL"]}
-    lead = {i: early[name][i] for i, name in best.items()}
-    draw("alarms", {"gold": {at: [(5 * k + 5, x) for k, x in enumerate(gold)] for at, gold in golds.items()},
-                    **{name: {at: [(5 * k + 5, x) for k, x in enumerate(level[name])]
-                              for at, level in cheats.items()} for name in ("score", "judge", "entropy")}},
-         "iteration at β 0", "gold, and how loud three alarms are", at_kl=False)
-    return compare(f"iterations early, the best alarm elsewhere ({', '.join(sorted(set(best.values())))})",
-                   lead, dict.fromkeys(lead, 0)), markdown(
-        ["alarm", "threshold", "rings at β 0", "iterations early, median", "each run"], rows)
+        limit, at = max((max(level[name]) for level in honest), default=math.inf), {}
+        for i, seen in looks["β 0"]:
+            at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limit), -1)
+        gained[name] = {i: seen[at[i]][0] - seen[-1][0] for i, seen in looks["β 0"]}
+        rings = [5 * k + 5 for k in at.values() if k >= 0]
+        rows.append([name, f"{limit:.2f}", f"{len(rings)} of {len(at)}", ", ".join(map(str, rings)) or "-",
+                     mean_and_std(gained[name].values()) if at else "-"])
+    best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i])
+            for i, _ in looks["β 0"]}
+    gain = {i: gained[name][i] for i, name in best.items()}
+    draw("alarms", {label: {i: [(5 * k + 5, look[SEEN.index(name)]) for k, look in enumerate(seen)]
+                            for i, seen in looks["β 0"]}
+                    for label, name in (("gold", "gold"), ("score", "score"), ("judge", "judge"),
+                                        ("entropy", "entropy"))}, "iteration at β 0", "at each look",
+         at_kl=False)
+    peaks = ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}" for _, seen in looks["β 0"])
+    chosen = ", ".join(sorted(set(best.values())))
+    return compare(f"gold where the best alarm ({chosen}) rings, less at the end", gain,
+                   dict.fromkeys(gain, 0)), markdown(
+        ["alarm", "rings above", "rings at β 0", "at iteration", "gold there, less at the end"],
+        rows) + f"\n\nGold of the batches at β 0, highest → last: {peaks}."
 
 
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
@@ -1230,28 +1231,47 @@ def load_results():
 
 def work(job):
     """Make one run, in a process of its own -> the job and what it measured."""
-    torch.set_num_threads(1)
     name, *further = job["how"]
     measured = globals()[name](job["i"], dict(job["settings"]), *further)
     return {**job, "measured": {k: round(v, 5) if isinstance(v, float) else v for k, v in measured.items()}}
+
+
+def stages(jobs):
+    """What the jobs need first, as calls, so that each thing is made once and by one process -> [(name, list
+    of (function, arguments))]: pairs and labels, preference models without a flaw, the others, policies."""
+    pairs, models, policies = set(), set(), set()
+    for job in jobs:
+        i, name, settings = job["i"], job["how"][0], job["settings"]
+        near = {i if i < 0 else (i + k) % 6 for k in range(3 if name in ("ensemble", "alarmed") else 1)}
+        models |= {(k, settings.get("preference", "all_answers")) for k in near}
+        pairs |= near | ({i if i < 0 else (i + 1) % 6} if name == "followed" else set())
+        if name in ("second_round", "estimators", "aged"):
+            policies.add((i, settings["beta"] if name == "aged" else 0.3))
+    return [("labels", [(feedback, i) for i in sorted(pairs)]),
+            ("preference models", [(preference_folder, i) for i in sorted({i for i, _ in models})]),
+            ("other preference models", [(preference_folder, *model) for model in sorted(models)]),
+            ("policies", [(trained_policy, *policy) for policy in sorted(policies)])]
 
 
 def make_runs(jobs, done, workers, file=None):
     """Make the runs that are not done yet, a few at a time under a progress bar; each becomes a line."""
     os.environ["TQDM_DISABLE"] = "1"  # of the workers' own bars
     todo = [job for name, job in jobs.items() if name not in done]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        needed = sorted({(job["settings"].get("preference", "all_answers"), job["i"]) for job in todo})
-        fits = [pool.submit(preference_folder, i, kind) for kind, i in needed]
-        for future in tqdm(as_completed(fits), "preference models", len(fits), disable=not todo):
-            future.result()
-        runs = [pool.submit(work, job) for job in todo]
-        for future in tqdm(as_completed(runs), "runs", len(runs), disable=not todo):
-            job = future.result()
-            done[key(job)] = job["measured"]
-            if file:
-                file.write(json.dumps(job) + "\n")
-                file.flush()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads,
+                             (1,)) as pool:
+        for name, calls in [*stages(todo), ("runs", [(work, job) for job in todo])]:
+            futures = [pool.submit(*call) for call in calls]
+            try:
+                for future in tqdm(as_completed(futures), name, len(futures), disable=not futures):
+                    job = future.result()
+                    if name == "runs":
+                        done[key(job)] = job["measured"]
+                    if name == "runs" and file:
+                        file.write(json.dumps(job) + "\n")
+                        file.flush()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what was not begun would never be written
+                raise
 
 
 def plan(experiments, quick):
@@ -1308,6 +1328,7 @@ def main():
         make_runs(jobs, done, args.workers)
     elif not args.report:
         with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write("" if RESULTS.read_text(encoding="utf-8").endswith("\n") else "\n")
             make_runs(jobs, done, args.workers, file)
     print(f"{len(jobs.keys() & done.keys())} of {len(jobs)} runs are done")
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
