@@ -548,8 +548,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
     exp(-d) - 1 + d has the right mean and is never negative (Schulman). In the reward use k1: only it gives
-    the policy the gradient of the KL. (In a loss, k2 would, of each token alone.) Raises ValueError for another
-    kind.
+    the policy the gradient of the KL. (In a loss k2 would, for each token alone.) Raises ValueError for
+    another kind.
     """
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
