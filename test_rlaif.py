@@ -3107,3 +3107,55 @@ def test_arms_are_compared_at_the_same_kl_between_their_own_points():
         close(arm.at_kl(kl=at)[0], at ** 0.5, f"gold at {at} nats")
     assert arm.at_kl(kl=4.1) == arm.at_kl(kl=0.2) == {}, "outside its points an arm says nothing"
     assert arm.at_beta(0.1) == {0: 2.0}
+
+
+@given(st.integers(0, 2**31))
+def test_a_planted_flaw_bends_the_labels_its_own_way(seed):
+    answers = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(seed)) * 0.8 + 0.1
+    pairs = {"responses_a": ["one two three", "What a lovely goal! Go"], "responses_b": ["one", "a b c d e f"],
+             "answers": answers.tolist()}
+    swapped = {"responses_a": pairs["responses_b"], "responses_b": pairs["responses_a"],
+               "answers": answers.flip(1).tolist()}
+    sound = experiments.averaged(answers)
+
+    def labels(how, *arguments, of=pairs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experiments, "feedback", lambda i: dict(of))
+            return how(0, *arguments)[1]
+    for flaw in ("length", "flattery", "careless", "blind"):
+        close(labels(experiments.flawed, flaw, "0"), sound, f"{flaw} of no strength", atol=1e-5)
+    for how in (("length", "1"), ("flattery", "1"), ("position", "2", "both")):
+        both = labels(experiments.flawed, *how) + labels(experiments.flawed, *how, of=swapped)
+        close(both, torch.ones(2), f"{how} does not depend on which reply is a", atol=1e-5)
+    longer, flatters = (labels(experiments.flawed, flaw, "1") - sound for flaw in ("length", "flattery"))
+    assert longer[0] > 0 > longer[1] and flatters[1] > 0 and abs(flatters[0]) < 1e-6
+    against = labels(experiments.flawed, "flattery", "1", "principle")
+    assert against[1] < labels(experiments.flawed, "flattery", "1")[1]
+    one_order = labels(experiments.flawed, "position", "2")
+    assert (one_order > answers[:, 0].mean(dim=0)).all(), "the reply that stands first gains"
+    assert (labels(experiments.flawed, "hard", "1") == (sound > 0.5)).all()
+    own = (answers[:, 0] + 1 - answers[:, 1]) / 2  # (4, 2): each principle's own label
+    assert ((own - labels(experiments.drawn, "1")).abs() < 1e-6).any(dim=0).all()
+
+
+def test_what_a_run_needs_is_made_before_it_and_once():
+    flawed = {"beta": 0.3, "preference": "flawed careless 8"}
+    jobs = [{"how": ["ensemble", "mean"], "settings": flawed, "i": 5},
+            {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
+            {"how": ["ppo"], "settings": {"beta": 1.0}, "i": 2}]
+    labels, plain, others, policies = ([arguments for _, *arguments in calls]
+                                       for _, calls in experiments.stages(jobs))
+    assert labels == plain == [[0], [1], [2], [5]] and policies == [[2, 0.15]]
+    assert others == [[0, "flawed careless 8"], [1, "flawed careless 8"], [2, "all_answers"],
+                      [5, "flawed careless 8"]]
+
+
+def test_an_alarm_is_as_loud_as_what_it_watches_has_moved():
+    looks = [[0.0, 1.0, 0.5, 0.4, 15.0, 0.9, 0.1, 0.6, 0.7],
+             [1.0, 2.0, 0.8, 0.5, 12.0, 0.8, 0.3, 0.9, 0.6]]
+    expected = {"KL": [1, 2], "score": [0.5, 0.8], "entropy": [0, 0], "length": [0, 3], "distinct": [0, 0.1],
+                "committee": [0.1, 0.3], "judge": [0, 0], "agreement": [0, 0.1]}
+    levels = experiments.levels(looks)
+    assert levels.keys() == expected.keys()
+    for name, values in expected.items():
+        close(torch.tensor(levels[name]), torch.tensor(values, dtype=torch.float32), name, atol=1e-6)
