@@ -3112,8 +3112,8 @@ def test_arms_are_compared_at_the_same_kl_between_their_own_points():
 @given(st.integers(0, 2**31))
 def test_a_planted_flaw_bends_the_labels_its_own_way(seed):
     answers = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(seed)) * 0.8 + 0.1
-    pairs = {"responses_a": ["one two three", "What a lovely goal! Go"], "responses_b": ["one", "a b c d e f"],
-             "answers": answers.tolist()}
+    pairs = {"responses_a": ["one two three", "What a lovely goal! Go"],
+             "responses_b": ["one", "a b c d e f"], "answers": answers.tolist()}
     swapped = {"responses_a": pairs["responses_b"], "responses_b": pairs["responses_a"],
                "answers": answers.flip(1).tolist()}
     sound = experiments.averaged(answers)
