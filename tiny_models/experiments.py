@@ -180,6 +180,8 @@ def draw(name, curves, xlabel="root of the KL to the reference, √nats", ylabel
             axis.plot(grid, [statistics.mean(h) for h in heights], color=color)
             axis.fill_between(grid, [min(h) for h in heights], [max(h) for h in heights], color=color,
                               alpha=0.15, lw=0)
+    if not ends:
+        return
     if at_kl:
         axis.axvline(math.sqrt(AT_KL), color="gray", lw=0.8, ls=":")
     axis.set(xlabel=xlabel, ylabel=ylabel)
