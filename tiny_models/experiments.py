@@ -1184,9 +1184,10 @@ def alarms():
     looks = {label: [(i, result["looks"]) for (_, i), result in sorted(arm.results.items())]
              for label, arm in arms.items()}
     honest = [levels(seen) for label in ("sound", "trained on gold") for _, seen in looks[label]]
-    gained, rows = {}, []
+    gained, rows, limits = {}, [], {}
     for name in SEEN[1:]:
         limit, at = max((max(level[name]) for level in honest), default=math.inf), {}
+        limits[name] = limit
         for i, seen in looks["β 0"]:
             at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limit), -1)
         gained[name] = {i: seen[at[i]][0] - seen[-1][0] for i, seen in looks["β 0"]}
@@ -1196,11 +1197,11 @@ def alarms():
     best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i])
             for i, _ in looks["β 0"]}
     gain = {i: gained[name][i] for i, name in best.items()}
-    draw("alarms", {label: {i: [(5 * k + 5, look[SEEN.index(name)]) for k, look in enumerate(seen)]
-                            for i, seen in looks["β 0"]}
-                    for label, name in (("gold", "gold"), ("score", "score"), ("judge", "judge"),
-                                        ("entropy", "entropy"))}, "iteration at β 0", "at each look",
-         at_kl=False)
+    curves = {"gold": {i: [(5 * k + 5, look[0]) for k, look in enumerate(seen)] for i, seen in looks["β 0"]},
+              **{f"{name}, rings at 1": {i: [(5 * k + 5, loud / limits[name])
+                                             for k, loud in enumerate(levels(seen)[name])]
+                                         for i, seen in looks["β 0"]} for name in ("score", "committee")}}
+    draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
     peaks = ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}" for _, seen in looks["β 0"])
     chosen = ", ".join(sorted(set(best.values())))
     return compare(f"gold where the best alarm ({chosen}) rings, less at the end", gain,
