@@ -297,11 +297,11 @@ def cut_off(i):
     (pairs, prob_a), rng = all_answers(i), random.Random(1000 + i)
     half = len(prob_a) // 2
     for k in range(half):
-        share = rng.uniform(0.2, 0.9)
+        kept = rng.uniform(0.2, 0.9)
         for side in "ab":
             text = pairs[f"responses_{side}"][k]
             words = text.split(" ")
-            pairs[f"responses_{side}"][k] = " ".join(words[:max(2, round(share * len(words)))])
+            pairs[f"responses_{side}"][k] = " ".join(words[:max(2, round(kept * len(words)))])
             pairs[f"ended_{side}"][k] = False
     cut = {name: values[:half] for name, values in pairs.items()}
     prob_a[:half] = averaged(answers_of(cut))
@@ -865,8 +865,8 @@ def reference():
                   "second, new reference": Arm(how=("second_round", "new"))}
     draw("reference", {label: arm.curves() for label, arm in arms.items()})
     text = frontier_table(arms, **{"nats a token of the grammar's": "forgotten"})
-    share = arms["one round"].at_beta(0.3, "reference_share")
-    return compare("share of the time, less 0.05", share, dict.fromkeys(share, 0.05)), text
+    found = arms["one round"].at_beta(0.3, "reference_share")
+    return compare("share of the time, less 0.05", found, dict.fromkeys(found, 0.05)), text
 
 
 def estimator():
