@@ -1186,13 +1186,13 @@ def alarms():
     honest = [levels(seen) for label in ("sound", "trained on gold") for _, seen in looks[label]]
     gained, rows, limits = {}, [], {}
     for name in SEEN[1:]:
-        limit, at = max((max(level[name]) for level in honest), default=math.inf), {}
-        limits[name] = limit
+        limits[name], at = max((max(level[name]) for level in honest), default=math.inf), {}
         for i, seen in looks["β 0"]:
-            at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limit), -1)
+            at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limits[name]), -1)
         gained[name] = {i: seen[at[i]][0] - seen[-1][0] for i, seen in looks["β 0"]}
         rings = [5 * k + 5 for k in at.values() if k >= 0]
-        rows.append([name, f"{limit:.2f}", f"{len(rings)} of {len(at)}", ", ".join(map(str, rings)) or "-",
+        rows.append([name, f"{limits[name]:.2f}", f"{len(rings)} of {len(at)}",
+                     ", ".join(map(str, rings)) or "-",
                      mean_and_std(gained[name].values()) if at else "-"])
     best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i])
             for i, _ in looks["β 0"]}
@@ -1203,11 +1203,13 @@ def alarms():
                                          for i, seen in looks["β 0"]} for name in ("score", "committee")}}
     draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
     peaks = ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}" for _, seen in looks["β 0"])
+    drift = ", ".join(f"{max(look[1] for look in seen):.1f}" for _, seen in looks["trained on gold"])
     chosen = ", ".join(sorted(set(best.values())))
     return compare(f"gold where the best alarm ({chosen}) rings, less at the end", gain,
                    dict.fromkeys(gain, 0)), markdown(
         ["alarm", "rings above", "rings at β 0", "at iteration", "gold there, less at the end"],
-        rows) + f"\n\nGold of the batches at β 0, highest → last: {peaks}."
+        rows) + (f"\n\nGold of the batches at β 0, highest → last: {peaks}.\n\n"
+                 f"Highest KL of those trained on gold: {drift}.")
 
 
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
