@@ -46,6 +46,7 @@ RESULTS, FIGURES = FOLDER / "results.jsonl", FOLDER / "figures"
 KEPT = pathlib.Path("runs/experiments")
 AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in README.md
 SEEN = ("gold", "KL", "score", "entropy", "length", "distinct", "committee", "judge", "agreement")
+LOOK_EVERY = 5  # iterations
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
 
@@ -225,13 +226,13 @@ def sample_pairs(policy, tokenizer, n):
     return pairs
 
 
-def answers_of(pairs, principles=tuple(rlaif.CONSTITUTION)):
+def answers_of(pairs):
     """Every answer of the judge about N pairs -> (4, 2, N): principle, order, pair; the probability that the
     reply that stands first is the better one."""
     judge, a, b = load_judge(), pairs["responses_a"], pairs["responses_b"]
     return torch.stack([torch.stack([
         rlaif.judge_pairs(*judge, [principle], pairs["prompts"], *order, both_orders=False)
-        for order in ((a, b), (b, a))]) for principle in principles])
+        for order in ((a, b), (b, a))]) for principle in rlaif.CONSTITUTION])
 
 
 def averaged(answers):
@@ -434,27 +435,27 @@ def trained_policy(i, beta):
     return str(folder)
 
 
-def watched(i, settings, every=10):
+def watched(i, settings):
     """Held-out replies all along the run, too: lists of (root of the KL, gold), and of the score."""
     run = prepared(i, {**settings, "eval_samples": 16})
     seen, history = [], []
     while run.iteration < run.config.iterations:
         history.append(rlaif.update(run, rlaif.roll_out(run)))
-        if run.iteration % every == 0:
+        if run.iteration % 10 == 0:
             means, _ = rlaif.evaluate(run)
             seen.append([math.sqrt(max(means["kl"], 0)), means["gold"], means["score"]])
     return {**measure(run), **history_of(history), "seen": seen}
 
 
-def alarmed(i, settings, score="preference model", every=5):
+def alarmed(i, settings, score="preference model"):
     """Looks all along the run, which stays the same run digit for digit, at what a user can see who does not
-    know the truth -> lists of the numbers named in SEEN: means of the last five batches, the last three of
-    the last batch. With score "gold" the policy is trained on the truth, which it cannot cheat."""
+    know the truth -> lists of the numbers named in SEEN: means of the batches since the last look, the last
+    three of the last batch. With score "gold" the policy is trained on the truth, which it cannot cheat."""
     run, judge = prepared(i, settings, world.gold_scores if score == "gold" else None), load_judge()
     members, looks, history = committee(i, "all_answers"), [], []
     while run.iteration < run.config.iterations:
         history.append(rlaif.update(run, rlaif.roll_out(run)))
-        if run.iteration % every == 0:
+        if run.iteration % LOOK_EVERY == 0:
             r, n = run.rollout, 32
             with torch.random.fork_rng(devices=[]):
                 rivals = rlaif.respond(run.reference, run.tokenizer, r.prompts, run.config)
@@ -463,7 +464,7 @@ def alarmed(i, settings, score="preference model", every=5):
             rival = torch.tensor(members[0](r.prompts, rivals.responses, rivals.ended.tolist()))
             scores = torch.tensor([m(r.prompts, r.responses, r.ended.tolist()) for m in members])
             agree = (wins > 0.5) == (scores[0] > rival)[:n]
-            means = {name: statistics.mean(m[name] for m in history[-every:])
+            means = {name: statistics.mean(m[name] for m in history[-LOOK_EVERY:])
                      for name in ("gold", "kl", "score", "entropy", "length", "distinct")}
             if score == "gold":
                 means["score"] = scores[0].mean().item()
@@ -1190,17 +1191,20 @@ def alarms():
         for i, seen in looks["β 0"]:
             at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limits[name]), -1)
         gained[name] = {i: seen[at[i]][0] - seen[-1][0] for i, seen in looks["β 0"]}
-        rings = [5 * k + 5 for k in at.values() if k >= 0]
+        rings = [LOOK_EVERY * (k + 1) for k in at.values() if k >= 0]
         rows.append([name, f"{limits[name]:.2f}", f"{len(rings)} of {len(at)}",
                      ", ".join(map(str, rings)) or "-",
                      mean_and_std(gained[name].values()) if at else "-"])
     best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i])
             for i, _ in looks["β 0"]}
     gain = {i: gained[name][i] for i, name in best.items()}
-    curves = {"gold": {i: [(5 * k + 5, look[0]) for k, look in enumerate(seen)] for i, seen in looks["β 0"]},
-              **{f"{name}, rings at 1": {i: [(5 * k + 5, loud / limits[name])
-                                             for k, loud in enumerate(levels(seen)[name])]
-                                         for i, seen in looks["β 0"]} for name in ("score", "committee")}}
+    curves = {name: {i: [(LOOK_EVERY * (k + 1), x) for k, x in enumerate(series(seen))]
+                     for i, seen in looks["β 0"]}
+              for name, series in (
+                  ("gold", lambda seen: [look[0] for look in seen]),
+                  ("score, rings at 1", lambda seen: [x / limits["score"] for x in levels(seen)["score"]]),
+                  ("committee, rings at 1",
+                   lambda seen: [x / limits["committee"] for x in levels(seen)["committee"]]))}
     draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
     peaks = ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}" for _, seen in looks["β 0"])
     drift = ", ".join(f"{max(look[1] for look in seen):.1f}" for _, seen in looks["trained on gold"])
