@@ -794,7 +794,7 @@ def whitening():
     arms = yield {
         "whitened": DEFAULT, "raw × 10": Arm({"whiten_scores": False}, (0.3,), 6, ("scaled", 10)),
         "whitened, separate value": Arm({"value": "separate"}),
-        "raw × 10, β × 10, separate value": Arm(control, (1.5, 3.0, 6.0), 3, ("scaled", 10))}
+        "raw × 10, β × 10, separate value": Arm(control, (0.75, 1.5, 3.0), 3, ("scaled", 10))}
     draw("whitening", {label: arm.curves() for label, arm in arms.items()})
     after = compare("", arms["whitened, separate value"].at_kl(),
                     arms["raw × 10, β × 10, separate value"].at_kl())
@@ -815,9 +815,8 @@ def kl_level():
         "token": DEFAULT,
         "uneven, sequence": Arm({"kl_level": "sequence"}, (0.3,), 6, ("uneven",)),
         "uneven, batch": Arm({"kl_level": "batch"}, (0.3,), 6, ("uneven",)),
-        "sequence": Arm({"kl_level": "sequence"}, (0.3, 0.6, 1.2)),
-        "token, λ 0.95": Arm({"lam": 0.95}),
-        "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}, (0.3, 0.6, 1.2)),
+        "sequence": Arm({"kl_level": "sequence"}), "token, λ 0.95": Arm({"lam": 0.95}),
+        "sequence, λ 0.95": Arm({"kl_level": "sequence", "lam": 0.95}),
         "k2 in the loss": Arm(how=("kl_in_loss",))}
     uneven = {label: arm for label, arm in arms.items() if "uneven" in label}
     even = {label: arm for label, arm in arms.items() if label not in uneven}
