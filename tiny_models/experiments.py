@@ -127,7 +127,8 @@ def compare(compared, more, less):
 
 
 def frontier_table(arms, **columns):
-    """A Markdown table: a row for each arm and price, mean ± std over its runs."""
+    """A Markdown table: a row for each arm and price, mean ± std over its runs; and a sentence that says how
+    much more gold than the first arm's the others have at the same KL, where that can be compared."""
     columns = {"KL": "kl", "gold": "gold", "score": "score", "fluent": "fluency", **columns}
     rows = []
     for label, arm in arms.items():
@@ -135,7 +136,11 @@ def frontier_table(arms, **columns):
             values = [arm.at_beta(beta, name).values() for name in columns.values()]
             if values[0]:
                 rows.append([label, f"{beta:g}", str(len(values[0])), *map(mean_and_std, values)])
-    return markdown(["arm", "β", "runs", *columns], rows)
+    first, *others = [(label, arm.at_kl()) for label, arm in arms.items()]
+    gold = {label: compare("", found, first[1]) for label, found in others}
+    more = [f"{label} {verdict.numbers()}" for label, verdict in gold.items() if len(verdict.differences) > 1]
+    text = markdown(["arm", "β", "runs", *columns], rows)
+    return text + (f"\n\nGold at {AT_KL} nats, less that of {first[0]}: {'; '.join(more)}." if more else "")
 
 
 def mean_and_std(values):
@@ -822,9 +827,6 @@ def kl_level():
     even = {label: arm for label, arm in arms.items() if label not in uneven}
     draw("kl_level", {label: arm.curves() for label, arm in arms.items()})
     text = frontier_table(uneven, **{"spread over prompts": "spread"}) + "\n\n" + frontier_table(even)
-    for label in list(even)[1:]:
-        gold = compare("", arms[label].at_kl(), arms["token"].at_kl())
-        text += f"\n\nGold at {AT_KL} nats, {label}, less token: {gold.numbers()}."
     roots = [{i: math.sqrt(kl) for i, kl in uneven[f"uneven, {level}"].at_beta(0.3, "kl").items()}
              for level in ("batch", "sequence")]
     return compare("√KL at β 0.3, batch less sequence", *roots), text
@@ -847,9 +849,6 @@ def value():
     rows = [[f"{r['shared']:.2f}", f"{r['separate']:.2f}", f"{r['ratio']:.2f}"]
             for r in seconds.results.values()]
     text += "\n\n" + markdown(["seconds of an iteration, shared", "separate", "ratio"], rows)
-    for label in list(shown)[1:]:
-        gold = compare("", arms[label].at_kl(), arms["shared"].at_kl())
-        text += f"\n\nGold at {AT_KL} nats, {label}, less shared: {gold.numbers()}."
     ratio = seconds.at_beta(0.3, "ratio")
     return compare("seconds of an iteration, separate / shared, less 1", ratio,
                    dict.fromkeys(ratio, 1.0)), text
