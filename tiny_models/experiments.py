@@ -320,7 +320,15 @@ def flatters(response):
 
 
 def flawed(i, flaw, strength, remedy=""):
-    """Labels of a judge with a flaw: each of its answers is bent, in log-odds, by a `strength`.
+    """The labels that a judge with a flaw gives the pairs of run i."""
+    pairs = feedback(i)
+    torch.manual_seed(1000 + i)
+    return pairs, bend(torch.tensor(pairs["answers"]), pairs, flaw, strength, remedy)
+
+
+def bend(answers, pairs, flaw, strength, remedy=""):
+    """The labels (N,) of a judge with a flaw: each of its answers (4, 2, N) is bent, in log-odds, by a
+    `strength`, given as str.
 
     position   for the reply that stands first; asked in one order only, or (remedy "both") in both
     length     for each word that a reply has more
@@ -329,10 +337,8 @@ def flawed(i, flaw, strength, remedy=""):
     blind      the answers about harm are sure and random, that share of them
     hard       not bent, but the label, the average, is rounded to 0 or 1
     """
-    pairs, strength = feedback(i), float(strength)
-    odds = torch.tensor(pairs["answers"]).logit(eps=1e-6)  # (4, 2, N): principle, order, pair
+    strength, odds = float(strength), answers.logit(eps=1e-6)
     odds[:, 1] *= -1  # for reply a, in either order
-    torch.manual_seed(1000 + i)
     both = list(zip(pairs["responses_a"], pairs["responses_b"]))
     longer = torch.tensor([len(a.split()) - len(b.split()) for a, b in both])
     flatter = torch.tensor([flatters(a) - flatters(b) for a, b in both])
@@ -349,7 +355,7 @@ def flawed(i, flaw, strength, remedy=""):
     if remedy == "principle":
         odds = torch.cat([odds, (strength - 4.0) * flatter.expand(1, 2, -1)])
     prob_a = odds.sigmoid().mean(dim=(0, 1))
-    return pairs, (prob_a > 0.5).float() if flaw == "hard" else prob_a
+    return (prob_a > 0.5).float() if flaw == "hard" else prob_a
 
 
 def preference_folder(i, kind="all_answers"):
@@ -456,16 +462,18 @@ def alarmed(i, settings, score="preference model"):
     """Looks all along the run, which stays the same run digit for digit, at what a user can see who does not
     know the truth -> lists of the numbers named in SEEN: means of the batches since the last look, the last
     three of the last batch. With score "gold" the policy is trained on the truth, which it cannot cheat."""
-    run, judge = prepared(i, settings, world.gold_scores if score == "gold" else None), load_judge()
-    members, looks, history = committee(i, "all_answers"), [], []
+    run, flaw = prepared(i, settings, world.gold_scores if score == "gold" else None), settings["preference"]
+    members, looks, history = committee(i, flaw), [], []
     while run.iteration < run.config.iterations:
         history.append(rlaif.update(run, rlaif.roll_out(run)))
         if run.iteration % LOOK_EVERY == 0:
             r, n = run.rollout, 32
             with torch.random.fork_rng(devices=[]):
                 rivals = rlaif.respond(run.reference, run.tokenizer, r.prompts, run.config)
-            wins = rlaif.judge_pairs(*judge, rlaif.CONSTITUTION, r.prompts[:n], r.responses[:n],
-                                     rivals.responses[:n])
+                pairs = {"prompts": r.prompts[:n], "responses_a": r.responses[:n],
+                         "responses_b": rivals.responses[:n]}
+                wins = answers_of(pairs)
+                wins = bend(wins, pairs, *flaw.split()[1:]) if "flawed" in flaw else averaged(wins)
             rival = torch.tensor(members[0](r.prompts, rivals.responses, rivals.ended.tolist()))
             scores = torch.tensor([m(r.prompts, r.responses, r.ended.tolist()) for m in members])
             agree = (wins > 0.5) == (scores[0] > rival)[:n]
@@ -1175,43 +1183,52 @@ def alarms():
 
     An alarm rings at the first look at which it is louder than it ever was in 24 runs that do not cheat: 18
     at a price, and 6 that drift without one, trained on the truth itself. Decides, at β 0: gold where it
-    rings, less gold at the end; the alarm is the one that gains most in the other five runs.
+    rings, less gold at the end; the alarm is the one that gains most in the other five runs. Beside it, how
+    long before gold turns down each rings, also where the judge has a flaw.
     """
     free = {"preference": "all_answers", "iterations": 110}
+    flaws = "length 0.6", "flattery 4", "careless 8", "blind 1", "hard 1"
     arms = yield {"sound": SOUND, "trained on gold": Arm(free, (0.0,), 6, ("alarmed", "gold")),
-                  "β 0": Arm(free, (0.0,), 6, ("alarmed",))}
+                  "no flaw": Arm(free, (0.0,), 6, ("alarmed",)),
+                  **{flaw: Arm({**free, "preference": f"flawed {flaw}"}, (0.0,), how=("alarmed",))
+                     for flaw in flaws}}
     looks = {label: [(i, result["looks"]) for (_, i), result in sorted(arm.results.items())]
              for label, arm in arms.items()}
     honest = [levels(seen) for label in ("sound", "trained on gold") for _, seen in looks[label]]
-    gained, rows, limits = {}, [], {}
-    for name in SEEN[1:]:
-        limits[name], at = max((max(level[name]) for level in honest), default=math.inf), {}
-        for i, seen in looks["β 0"]:
-            at[i] = next((k for k, loud in enumerate(levels(seen)[name]) if loud > limits[name]), -1)
-        gained[name] = {i: seen[at[i]][0] - seen[-1][0] for i, seen in looks["β 0"]}
-        rings = [LOOK_EVERY * (k + 1) for k in at.values() if k >= 0]
-        rows.append([name, f"{limits[name]:.2f}", f"{len(rings)} of {len(at)}",
-                     ", ".join(map(str, rings)) or "-",
-                     mean_and_std(gained[name].values()) if at else "-"])
+    limits = {name: max((max(level[name]) for level in honest), default=math.inf) for name in SEEN[1:]}
+
+    def ring(name, seen):
+        """The look at which an alarm rings; -1, the last one, if it never does."""
+        return next((k for k, loud in enumerate(levels(seen)[name]) if loud > limits[name]), -1)
+
+    def lead(name, label):
+        """In how many runs an alarm rings, and how many iterations before gold is at its highest."""
+        at = [(ring(name, seen), [look[0] for look in seen]) for _, seen in looks[label]]
+        early = [LOOK_EVERY * (gold.index(max(gold)) - k) for k, gold in at if k >= 0]
+        return f"{len(early)} of {len(at)}" + (f", {statistics.mean(early):+.0f}" if early else "")
+    gained = {name: {i: seen[ring(name, seen)][0] - seen[-1][0] for i, seen in looks["no flaw"]}
+              for name in limits}
     best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i])
-            for i, _ in looks["β 0"]}
+            for i, _ in looks["no flaw"]}
     gain = {i: gained[name][i] for i, name in best.items()}
-    curves = {name: {i: [(LOOK_EVERY * (k + 1), x) for k, x in enumerate(series(seen))]
-                     for i, seen in looks["β 0"]}
-              for name, series in (
-                  ("gold", lambda seen: [look[0] for look in seen]),
-                  ("score, rings at 1", lambda seen: [x / limits["score"] for x in levels(seen)["score"]]),
-                  ("committee, rings at 1",
-                   lambda seen: [x / limits["committee"] for x in levels(seen)["committee"]]))}
+    curves = {"gold": {i: [(LOOK_EVERY * (k + 1), look[0]) for k, look in enumerate(seen)]
+                       for i, seen in looks["no flaw"]},
+              **{f"{name}, rings at 1": {i: [(LOOK_EVERY * (k + 1), x / limits[name])
+                                             for k, x in enumerate(levels(seen)[name])]
+                                         for i, seen in looks["no flaw"]} for name in ("score", "committee")}}
     draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
-    peaks = ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}" for _, seen in looks["β 0"])
+    shown = [label for label in ("no flaw", *flaws) if looks[label]]
+    text = markdown(["alarm", "rings above", "gold there, less at the end", *shown],
+                    [[name, f"{limits[name]:.2f}", mean_and_std(gained[name].values()),
+                      *(lead(name, label) for label in shown)] for name in limits if gain])
+    peaks = "; ".join(f"{label}: " + ", ".join(f"{max(look[0] for look in seen):.2f} → {seen[-1][0]:.2f}"
+                                               for _, seen in looks[label]) for label in shown)
     drift = ", ".join(f"{max(look[1] for look in seen):.1f}" for _, seen in looks["trained on gold"])
+    text += (f"\n\nGold of the batches, highest → last. {peaks}.\n\n"
+             f"Highest KL of those trained on gold: {drift}.")
     chosen = ", ".join(sorted(set(best.values())))
     return compare(f"gold where the best alarm ({chosen}) rings, less at the end", gain,
-                   dict.fromkeys(gain, 0)), markdown(
-        ["alarm", "rings above", "rings at β 0", "at iteration", "gold there, less at the end"],
-        rows) + (f"\n\nGold of the batches at β 0, highest → last: {peaks}.\n\n"
-                 f"Highest KL of those trained on gold: {drift}.")
+                   dict.fromkeys(gain, 0)), text
 
 
 EXPERIMENTS = (beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip,
