@@ -1187,15 +1187,16 @@ def alarms():
     long before gold turns down each rings, also where the judge has a flaw.
     """
     free = {"preference": "all_answers", "iterations": 110}
-    flaws = "length 0.6", "flattery 4", "careless 8", "blind 1", "hard 1"
+    kinds = "length 0.6", "flattery 4", "careless 8", "blind 1", "hard 1"
     arms = yield {"sound": SOUND, "trained on gold": Arm(free, (0.0,), 6, ("alarmed", "gold")),
                   "no flaw": Arm(free, (0.0,), 6, ("alarmed",)),
                   **{flaw: Arm({**free, "preference": f"flawed {flaw}"}, (0.0,), how=("alarmed",))
-                     for flaw in flaws}}
+                     for flaw in kinds}}
     looks = {label: [(i, result["looks"]) for (_, i), result in sorted(arm.results.items())]
              for label, arm in arms.items()}
     honest = [levels(seen) for label in ("sound", "trained on gold") for _, seen in looks[label]]
-    limits = {name: max((max(level[name]) for level in honest), default=math.inf) for name in SEEN[1:]}
+    limits = {name: max((max(level[name]) for level in honest), default=math.inf) or 1e-9  # 0 in --quick
+              for name in SEEN[1:]}
 
     def ring(name, seen):
         """The look at which an alarm rings; -1, the last one, if it never does."""
@@ -1217,7 +1218,7 @@ def alarms():
                                              for k, x in enumerate(levels(seen)[name])]
                                          for i, seen in looks["no flaw"]} for name in ("score", "committee")}}
     draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
-    shown = [label for label in ("no flaw", *flaws) if looks[label]]
+    shown = [label for label in ("no flaw", *kinds) if looks[label]]
     text = markdown(["alarm", "rings above", "gold there, less at the end", *shown],
                     [[name, f"{limits[name]:.2f}", mean_and_std(gained[name].values()),
                       *(lead(name, label) for label in shown)] for name in limits if gain])
