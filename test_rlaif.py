@@ -2772,12 +2772,26 @@ def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_pa
     assert run.prompts == run.held_out == ["ab", "c"], "of two prompts none can be spared"
 
 
+@pytest.mark.filterwarnings("ignore:policy. weights in torch.bfloat16")
 def test_a_reference_is_read_in_the_type_of_the_policy_and_not_rounded_to_it(tmp_path):
     policy = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
     policy = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
     run = toy_run(tmp_path, policy=policy, reference=str(tmp_path / "policy"))
     rollout = rlaif.roll_out(run)
     assert (rollout.kl[rollout.mask] == 0).all(), "is it rounded where the policy is not, in its angles?"
+
+
+def test_a_policy_whose_weights_would_lose_small_steps_is_named(tmp_path, recwarn):
+    steps = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = gpt2().to(dtype)
+        run = toy_run(tmp_path, policy=policy, tokenizer=letters(), dtype="bfloat16", learning_rate=1e-6)
+        before = policy.get_input_embeddings().weight.detach().clone()
+        rlaif.update(run, rlaif.roll_out(run))
+        steps[dtype] = (policy.get_input_embeddings().weight != before).float().mean()
+        warned = [str(w.message) for w in recwarn if "lose small steps" in str(w.message)]
+        assert len(warned) == (dtype == torch.bfloat16)
+    assert steps[torch.bfloat16] < 0.1 < 0.9 < steps[torch.float32], "are they lost?"
 
 
 def test_a_tokenizer_of_whole_words_need_not_know_those_of_the_template(tmp_path):
