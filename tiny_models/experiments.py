@@ -323,7 +323,14 @@ def flawed(i, flaw, strength, remedy=""):
     """The labels that a judge with a flaw gives the pairs of run i."""
     pairs = feedback(i)
     torch.manual_seed(1000 + i)
-    return pairs, bend(torch.tensor(pairs["answers"]), pairs, flaw, strength, remedy)
+    return pairs, bend(torch.tensor(pairs.pop("answers")), pairs, flaw, strength, remedy)
+
+
+def pooled(i, flaw, strength):
+    """All the pairs that the three models of a committee were fitted to, with the same labels."""
+    parts = [flawed((i + k) % 6, flaw, strength) for k in range(3)]
+    return ({name: sum((pairs[name] for pairs, _ in parts), []) for name in parts[0][0]},
+            torch.cat([labels for _, labels in parts]))
 
 
 def bend(answers, pairs, flaw, strength, remedy=""):
@@ -361,15 +368,15 @@ def bend(answers, pairs, flaw, strength, remedy=""):
 def preference_folder(i, kind="all_answers"):
     """The folder of run i's preference model, fitted to the pairs and labels that a function gives, once;
     `kind` is its name and its further arguments. A flaw, unless it is noise, is learned on top of the model
-    without it, in a quarter of the epochs; to four times the pairs, a model is fitted for a quarter of the
-    epochs. Of run -1 every model is the shipped one."""
+    without it, in a quarter of the epochs; to three or four times the pairs, a model is fitted in as many
+    steps. Of run -1 every model is the shipped one."""
     if i < 0:
         return rlaif.TINY / "preference"
     folder, (name, *further) = KEPT / f"preference-{i}-{kind.replace(' ', '-')}", kind.split()
     if not folder.exists():
         start = preference_model(i) if name == "flawed" and further[0] != "careless" else None
-        preference, report = fit(*globals()[name](i, *further), 1000 + i, start,
-                                 3 if start or kind == "drawn 4" else 12)
+        epochs = 3 if start or kind == "drawn 4" else 4 if name == "pooled" else 12
+        preference, report = fit(*globals()[name](i, *further), 1000 + i, start, epochs)
         rlaif.save_model(preference.model, preference.tokenizer, folder, "right")
         (folder / "report.json").write_text(json.dumps(report))
     return folder
@@ -933,7 +940,7 @@ def direct():
     """
     arms = yield {"preference model": DEFAULT, "best of n": BEST,
                   "judge, one principle": Arm({}, (0.04, 0.07, 0.15), 6, ("judged_directly", "one")),
-                  "judge, all principles": Arm({}, (0.08, 0.15, 0.3), 3, ("judged_directly", "all"))}
+                  "judge, all principles": Arm({}, (0.05, 0.08, 0.15, 0.3), 3, ("judged_directly", "all"))}
     shown = {label: arm for label, arm in arms.items() if label != "best of n"}
     draw("direct", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
     return compare(f"gold at {AT_KL} nats, judge less preference model", arms["judge, one principle"].at_kl(),
@@ -1069,6 +1076,7 @@ def careless():
     Decides: gold at the same KL, without noise less with noise of std 8 on the log-odds of each answer.
     """
     arms = yield {"no flaw": DEFAULT, "std 4": bent("careless", "4"), "std 8": bent("careless", "8", 6),
+                  "std 8, three times the pairs": Arm({"preference": "pooled careless 8"}),
                   **{f"std 8, {how} of three": Arm({"preference": "flawed careless 8"},
                                                    how=("ensemble", how)) for how in ("mean", "minimum")}}
     return compare(f"gold at {AT_KL} nats, sound less careless", arms["no flaw"].at_kl(),
