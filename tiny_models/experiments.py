@@ -943,9 +943,9 @@ def direct():
                   "judge, all principles": Arm({}, (0.05, 0.08, 0.15, 0.3), 3, ("judged_directly", "all"))}
     shown = {label: arm for label, arm in arms.items() if label != "best of n"}
     draw("direct", {label: arm.curves() for label, arm in shown.items()}, best=arms["best of n"])
-    return compare(f"gold at {AT_KL} nats, judge less preference model", arms["judge, one principle"].at_kl(),
-                   arms["preference model"].at_kl()), frontier_table(
-                       shown)
+    return compare(f"gold at {AT_KL} nats, judge (one principle) less preference model",
+                   arms["judge, one principle"].at_kl(),
+                   arms["preference model"].at_kl()), frontier_table(shown)
 
 
 def gae():
