@@ -3156,12 +3156,13 @@ def test_what_a_run_needs_is_made_before_it_and_once():
     flawed = {"beta": 0.3, "preference": "flawed careless 8"}
     jobs = [{"how": ["ensemble", "mean"], "settings": flawed, "i": 5},
             {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
-            {"how": ["ppo"], "settings": {"beta": 1.0}, "i": 2}]
+            {"how": ["ppo"], "settings": {"beta": 1.0, "preference": "pooled careless 8"}, "i": 2}]
     labels, plain, others, policies = ([arguments for _, *arguments in calls]
                                        for _, calls in experiments.stages(jobs))
-    assert labels == plain == [[0], [1], [2], [5]] and policies == [[2, 0.15]]
+    assert labels == [[0], [1], [2], [3], [4], [5]] and plain == [[0], [1], [2], [5]]
+    assert policies == [[2, 0.15]]
     assert others == [[0, "flawed careless 8"], [1, "flawed careless 8"], [2, "all_answers"],
-                      [5, "flawed careless 8"]]
+                      [2, "pooled careless 8"], [5, "flawed careless 8"]]
 
 
 def test_an_alarm_is_as_loud_as_what_it_watches_has_moved():

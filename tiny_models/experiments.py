@@ -143,10 +143,10 @@ def frontier_table(arms, **columns):
     return text + (f"\n\nGold at {AT_KL} nats, less that of {first[0]}: {'; '.join(more)}." if more else "")
 
 
-def mean_and_std(values):
+def mean_and_std(values, digits=2):
     """'mean ± std' of the runs' numbers."""
     values = list(values)
-    digits = 2 if abs(statistics.mean(values)) < 1000 else 0
+    digits = digits if abs(statistics.mean(values)) < 1000 else 0
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):,.{digits}f}{spread}"
 
@@ -619,23 +619,42 @@ def aged(i, settings):
             "last": sum(right[size] for size in sizes) / pairs}
 
 
-def renewed(i, settings, rounds, used="all"):
+def refitted(i, settings):
+    """The run's preference model fitted on, to new pairs of the last policy's replies, alone or with as many
+    old ones, in as many steps: agreement with gold on other pairs of the first policy, and of the last."""
+    first, (last, _) = load_policy(), rlaif.load(
+        AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
+    torch.manual_seed(4000 + i)
+    n = config_of(i, {}).pairs // 2
+    new, (old, old_labels) = sample_pairs(last, first[1], n), share(i, n)
+    labels, found = averaged(answers_of(new)), {}
+    both = {name: new[name] + old[name] for name in new}
+    for what, *how in (("as it was",), ("new pairs alone", new, labels, 4),
+                       ("old and new", both, torch.cat([labels, old_labels]), 2)):
+        preference = preference_model(i)
+        if how:
+            fit(*how[:2], 1000 + i, preference, how[2])
+        for name, policy, pairs in (("first", first[0], n // 2), ("last", last, 2 * n)):
+            torch.manual_seed(5000 + i)
+            count, right = agreement(preference, policy, first[1], pairs)
+            found[f"{what}, {name}"] = right.total() / count.total()
+    return found
+
+
+def renewed(i, settings, rounds):
     """The default's pairs and iterations in equal rounds: in each the policy of then writes its share of the
-    pairs, the judge labels them, and the preference model goes on to be fitted, to all pairs so far or (used
-    "fresh") to the new ones, in as many steps in all as the default's. The reference stays."""
+    pairs, the judge labels them, and the preference model goes on to be fitted, to all pairs so far, in as
+    many steps in all as the default's. The reference stays."""
     run, history, n = prepared(i, settings), [], config_of(i, {}).pairs // rounds
-    (pairs, prob_a), epochs = share(i, n), 12 if used == "fresh" else 24 // (rounds + 2)
+    (pairs, prob_a), epochs = share(i, n), 24 // (rounds + 2)
     starts = {round(k * run.config.iterations / rounds) for k in range(1, rounds)}
     while run.iteration < run.config.iterations:
         if run.iteration in starts:
             new = sample_pairs(run.policy, run.tokenizer, n)
-            labels = averaged(answers_of(new))
-            if used == "all":
-                labels = torch.cat([prob_a, labels])
-                order = torch.randperm(len(labels)).tolist()  # the last tenth, held out, is of all rounds
-                new = {name: [(pairs[name] + new[name])[k] for k in order] for name in new}
-                labels = labels[order]
-            pairs, prob_a = new, labels
+            labels = torch.cat([prob_a, averaged(answers_of(new))])
+            order = torch.randperm(len(labels)).tolist()  # the last tenth, held out, is of all rounds
+            pairs = {name: [(pairs[name] + new[name])[k] for k in order] for name in new}
+            prob_a = labels[order]
             with torch.random.fork_rng(devices=[]):
                 run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, epochs)
         history.append(rlaif.update(run, rlaif.roll_out(run)))
@@ -920,15 +939,21 @@ def stale():
     """AI feedback goes stale: the further the policy, the less the preference model knows of its replies.
 
     Decides: agreement with gold on pairs of the first policy's replies, less of the last one's (β 0.15), at
-    the same sizes of the gold difference. What a preference model that is renewed does: `renewal`.
+    the same sizes of the gold difference. Beside it, what it gives to fit on; what that does to the policy:
+    `renewal`.
     """
-    arms = yield {"aged": Arm({}, (0.15,), 6, ("aged",))}
-    aged = arms["aged"]
+    arms = yield {"aged": Arm({}, (0.15,), 6, ("aged",)), "refitted": Arm({}, (0.15,), 3, ("refitted",))}
+    aged, refits = arms["aged"], list(arms["refitted"].results.values())
     draw("stale", {f"{which} policy": {i: [(i, result[which])] for (_, i), result in aged.results.items()}
                    for which in ("first", "last")}, "run", "agreement with gold", at_kl=False)
     names = ["pairs", "first, its own sizes", "first", "last"]
     text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
                                       for (_, i), result in sorted(aged.results.items())])
+    if refits:
+        rows = [[how, *(mean_and_std([result[f"{how}, {which}"] for result in refits], 3)
+                        for which in ("first", "last"))]
+                for how in ("as it was", "new pairs alone", "old and new")]
+        text += "\n\n" + markdown(["fitted on to", "first policy's pairs", "last policy's pairs"], rows)
     return compare("agreement with gold, first policy less last", aged.at_beta(0.15, "first"),
                    aged.at_beta(0.15, "last")), text
 
@@ -1166,7 +1191,6 @@ def renewal():
     """
     arms = yield {
         "one round": DEFAULT, "two rounds": Arm({"preference": "share 2048"}, runs=6, how=("renewed", 2)),
-        "two rounds, fresh pairs alone": Arm({"preference": "share 2048"}, how=("renewed", 2, "fresh")),
         "four rounds": Arm({"preference": "share 1024"}, how=("renewed", 4)),
         "one round, no price": Arm({"iterations": 110}, (0.0,), 6, ("watched",)),
         "four rounds, no price": Arm({"preference": "share 1024", "iterations": 110}, (0.0,), 3,
@@ -1275,11 +1299,12 @@ def stages(jobs):
     pairs, models, policies = set(), set(), set()
     for job in jobs:
         i, name, settings = job["i"], job["how"][0], job["settings"]
-        near = {i if i < 0 else (i + k) % 6 for k in range(3 if name in ("ensemble", "alarmed") else 1)}
-        models |= {(k, settings.get("preference", "all_answers")) for k in near}
-        pairs |= near | ({i if i < 0 else (i + 1) % 6} if name == "followed" else set())
-        if name in ("second_round", "estimators", "aged"):
-            policies.add((i, settings["beta"] if name == "aged" else 0.3))
+        kind = settings.get("preference", "all_answers")
+        near = {i if i < 0 else (i + k) % 6 for k in range(3)}
+        models |= {(k, kind) for k in (near if name in ("ensemble", "alarmed") else {i})}
+        pairs |= {k for k, _ in models} | (near if name == "followed" or "pooled" in kind else set())
+        if name in ("second_round", "estimators", "aged", "refitted"):
+            policies.add((i, settings["beta"] if name in ("aged", "refitted") else 0.3))
     return [("labels", [(feedback, i) for i in sorted(pairs)]),
             ("preference models", [(preference_folder, i) for i in sorted({i for i, _ in models})]),
             ("other preference models", [(preference_folder, *model) for model in sorted(models)]),
