@@ -780,9 +780,9 @@ def train(config, score=None, gold=None, policy=None, tokenizer=None):
 
     `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on:
     callables from (list of prompts, list of responses) to a list of floats. `policy`, a causal language
-    model, is trained in place; `tokenizer` is its tokenizer. They replace config.preference and config.judge,
-    config.gold, and config.policy. Raises ValueError for a setting or a file that cannot be used, and
-    FloatingPointError when scores, losses or gradients stop being finite.
+    model in float32, is trained in place; `tokenizer` is its tokenizer. They replace config.preference and
+    config.judge, config.gold, and config.policy. Raises ValueError for a setting or a file that cannot be
+    used, and FloatingPointError when scores, losses or gradients stop being finite.
     """
     run = prepare(config, score, gold, policy, tokenizer)
     while run.iteration < run.config.iterations:
