@@ -1148,8 +1148,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None, restored
     policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", device, model=policy,
                              tokenizer=tokenizer)
     if policy.dtype.itemsize < 4:  # from_pretrained keeps the type of the file, often bfloat16
-        warnings.warn(f"policy: weights in {policy.dtype} lose small steps; load it with dtype=torch.float32 "
-                      "and compute in bfloat16 by Config(dtype='bfloat16')", stacklevel=3)
+        warnings.warn(f"policy: weights in {policy.dtype} lose small steps; load it in float32", stacklevel=3)
     prompts, held_out = load_prompts(config, policy, tokenizer)
 
     reference = copy.deepcopy(policy)
