@@ -311,16 +311,19 @@ def new_preference_model(policy, tokenizer, template):
     return PreferenceModel(model.to(policy.device).eval(), tokenizer, template)
 
 
-def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size=64, learning_rate=5e-4):
+def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size=64, learning_rate=5e-4,
+                   centering=0.01):
     """Fit a preference model, in place, to labels (N,) on N pairs of texts, tokenized by the model itself.
 
     The last tenth of the pairs is held out. Afterwards the head is divided by the std of the texts' scores,
     so that one preference model's points are like another's; from then on sigma(r_a - r_b) is no longer the
-    probability of the label. The scores' mean is drawn to 0 by a small term in the loss (Eisenstein), since
-    the loss itself only sees differences. Returns a dict, all measured before the scaling: `loss` on the
-    held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in nats; `accuracy` on those
-    held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is). Raises ValueError if all
-    texts score alike.
+    probability of the label. Labels only speak of differences between replies to one prompt; the term
+    `centering` (r_a + r_b)^2 of the loss (Eisenstein) draws the mean score of *every* prompt's replies to 0,
+    so that a batch of many prompts can be whitened. It takes the pairs to be of one policy: to fit on to a
+    better policy's as well, set it to 0, or it pulls those replies down. Returns a dict, all measured before
+    the scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in
+    nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is).
+    Raises ValueError if all texts score alike.
     """
     prob_a = prob_a.to(preference.model.device)
     held = range(len(rows_a) - max(1, len(rows_a) // 10), len(rows_a))
@@ -332,7 +335,7 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
         a, b = preference.forward([rows_a[i] for i in picked] + [rows_b[i] for i in picked]).chunk(2)
         loss = preference_loss(a, b, prob_a[picked])
         optimizer.zero_grad()
-        (loss + 0.01 * (a + b).square().mean()).backward()
+        (loss + centering * (a + b).square().mean()).backward()
         nn.utils.clip_grad_norm_(preference.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -445,6 +445,25 @@ def test_a_fit_that_can_tell_no_text_from_another_is_an_error():
         rlaif.fit_preference(preference, rows, rows, torch.full((40,), 0.5), epochs=1)
 
 
+@pytest.mark.parametrize("more", [{}, {"centering": 0.0}, {"centering": 2.0}])
+def test_a_fit_goes_down_its_loss_plus_centering_times_the_square_of_each_pairs_sum(
+        monkeypatch, more):
+    def noted_loss(a, b, prob_a):
+        loss = plain_loss(a, b, prob_a)
+        squares = sum((x + y) ** 2 for x, y in zip(a.tolist(), b.tolist()))
+        asked.append(loss.item() + more.get("centering", 0.01) * squares / len(a))
+        return loss
+    asked, taken, plain_loss, plain_backward = [], [], rlaif.preference_loss, torch.Tensor.backward
+    monkeypatch.setattr(rlaif, "preference_loss", noted_loss)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda x: taken.append(x.item()) or plain_backward(x))
+    preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
+    rows = rows_of(preference, TEXTS)
+    rlaif.fit_preference(preference, rows, rows[::-1], torch.rand(40), 2, minibatch_size=9,
+                         learning_rate=1e-2, **more)
+    assert len(taken) == 8 and len(asked) == 9, "four steps in each of two epochs, and the held-out loss"
+    close(taken, asked[:8], "what is minimised", atol=1e-5)
+
+
 def test_two_pairs_are_enough_for_a_fit_and_one_of_them_is_held_out():
     preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
     rows = rows_of(preference, ["a", "b"])
