@@ -245,14 +245,14 @@ def averaged(answers):
     return (answers[:, 0] + 1 - answers[:, 1]).mean(dim=0) / 2
 
 
-def fit(pairs, prob_a, seed, start=None, epochs=12):
+def fit(pairs, prob_a, seed, start=None, epochs=12, **more):
     """A preference model fitted to labels, from the policy's trunk or from another one
     -> PreferenceModel, report."""
     torch.manual_seed(seed)
     preference = start or rlaif.new_preference_model(*load_policy(), rlaif.Config().template)
     rows = [preference.tokenize(pairs["prompts"], pairs[f"responses_{side}"], pairs[f"ended_{side}"])
             for side in "ab"]
-    return preference, rlaif.fit_preference(preference, *rows, prob_a, epochs)
+    return preference, rlaif.fit_preference(preference, *rows, prob_a, epochs, **more)
 
 
 def feedback(i):
@@ -621,7 +621,8 @@ def aged(i, settings):
 
 def refitted(i, settings):
     """The run's preference model fitted on, to new pairs of the last policy's replies, alone or with as many
-    old ones, in as many steps: agreement with gold on other pairs of the first policy, and of the last."""
+    old ones, centred or not, in as many steps: agreement with gold on other pairs of the first policy, and of
+    the last."""
     first, (last, _) = load_policy(), rlaif.load(
         AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")
     torch.manual_seed(4000 + i)
@@ -629,11 +630,13 @@ def refitted(i, settings):
     new, (old, old_labels) = sample_pairs(last, first[1], n), share(i, n)
     labels, found = averaged(answers_of(new)), {}
     both = {name: new[name] + old[name] for name in new}
-    for what, *how in (("as it was",), ("new pairs alone", new, labels, 4),
-                       ("old and new", both, torch.cat([labels, old_labels]), 2)):
+    both_labels = torch.cat([labels, old_labels])
+    for what, *how in (("as it was",), ("new pairs alone", new, labels, 4, 0.0),
+                       ("old and new", both, both_labels, 2, 0.0),
+                       ("old and new, centred", both, both_labels, 2, 0.01)):
         preference = preference_model(i)
         if how:
-            fit(*how[:2], 1000 + i, preference, how[2])
+            fit(*how[:2], 1000 + i, preference, how[2], centering=how[3])
         for name, policy, pairs in (("first", first[0], n // 2), ("last", last, 2 * n)):
             torch.manual_seed(5000 + i)
             count, right = agreement(preference, policy, first[1], pairs)
@@ -644,7 +647,7 @@ def refitted(i, settings):
 def renewed(i, settings, rounds):
     """The default's pairs and iterations in equal rounds: in each the policy of then writes its share of the
     pairs, the judge labels them, and the preference model goes on to be fitted, to all pairs so far, in as
-    many steps in all as the default's. The reference stays."""
+    many steps in all as the default's, and no longer centred. The reference stays."""
     run, history, n = prepared(i, settings), [], config_of(i, {}).pairs // rounds
     (pairs, prob_a), epochs = share(i, n), 24 // (rounds + 2)
     starts = {round(k * run.config.iterations / rounds) for k in range(1, rounds)}
@@ -656,7 +659,7 @@ def renewed(i, settings, rounds):
             pairs = {name: [(pairs[name] + new[name])[k] for k in order] for name in new}
             prob_a = labels[order]
             with torch.random.fork_rng(devices=[]):
-                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, epochs)
+                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, epochs, centering=0)
         history.append(rlaif.update(run, rlaif.roll_out(run)))
     return {**measure(run), **history_of(history)}
 
@@ -952,7 +955,7 @@ def stale():
     if refits:
         rows = [[how, *(mean_and_std([result[f"{how}, {which}"] for result in refits], 3)
                         for which in ("first", "last"))]
-                for how in ("as it was", "new pairs alone", "old and new")]
+                for how in ("as it was", "new pairs alone", "old and new", "old and new, centred")]
         text += "\n\n" + markdown(["fitted on to", "first policy's pairs", "last policy's pairs"], rows)
     return compare("agreement with gold, first policy less last", aged.at_beta(0.15, "first"),
                    aged.at_beta(0.15, "last")), text
@@ -1190,8 +1193,8 @@ def renewal():
     Decides: gold at the same KL, two rounds less one. Beside it what renewal does without a price of KL.
     """
     arms = yield {
-        "one round": DEFAULT, "two rounds": Arm({"preference": "share 2048"}, runs=6, how=("renewed", 2)),
-        "four rounds": Arm({"preference": "share 1024"}, how=("renewed", 4)),
+        "one round": DEFAULT, "two rounds": Arm({"preference": "share 2048"}, (0.2, 0.4), 6, ("renewed", 2)),
+        "four rounds": Arm({"preference": "share 1024"}, (0.2, 0.4), 3, ("renewed", 4)),
         "one round, no price": Arm({"iterations": 110}, (0.0,), 6, ("watched",)),
         "four rounds, no price": Arm({"preference": "share 1024", "iterations": 110}, (0.0,), 3,
                                      ("renewed", 4))}
