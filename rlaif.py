@@ -319,11 +319,11 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
     so that one preference model's points are like another's; from then on sigma(r_a - r_b) is no longer the
     probability of the label. Labels only speak of differences between replies to one prompt; the term
     `centering` (r_a + r_b)^2 of the loss (Eisenstein) draws the mean score of *every* prompt's replies to 0,
-    so that a batch of many prompts can be whitened. It takes the pairs to be of one policy: to fit on to a
-    better policy's as well, set it to 0, or it pulls those replies down. Returns a dict, all measured before
-    the scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in
-    nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is).
-    Raises ValueError if all texts score alike.
+    so that a batch of many prompts can be whitened. It takes all pairs to be of one policy: with those of a
+    better one among them set it to 0, or it pulls the better replies down. Returns a dict, all measured
+    before the scaling: `loss` on the held-out pairs, `train_loss` of the last epoch, and `entropy` of all
+    labels, in nats; `accuracy` on those held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if
+    none is). Raises ValueError if all texts score alike.
     """
     prob_a = prob_a.to(preference.model.device)
     held = range(len(rows_a) - max(1, len(rows_a) // 10), len(rows_a))
