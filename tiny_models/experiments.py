@@ -644,27 +644,12 @@ def refitted(i, settings):
     return found
 
 
-def less_its_prompt(preference, pairs):
-    """A preference model's scores, less the mean of the replies in `pairs` to the same prompt."""
-    scores = {prompt: [] for prompt in pairs["prompts"]}
-    for side in "ab":
-        given = preference(pairs["prompts"], pairs[f"responses_{side}"], pairs[f"ended_{side}"])
-        for prompt, score in zip(pairs["prompts"], given):
-            scores[prompt].append(score)
-    means = {prompt: statistics.mean(given) for prompt, given in scores.items()}
-    return lambda prompts, responses: [
-        score - means.get(prompt, 0.0) for prompt, score in zip(prompts, preference(prompts, responses))]
-
-
-def renewed(i, settings, rounds, level=False):
+def renewed(i, settings, rounds):
     """The default's pairs and iterations in equal rounds: in each the policy of then writes its share of the
     pairs, the judge labels them, and the preference model goes on to be fitted, to all pairs so far, in as
-    many steps in all as the default's, and no longer centred. The reference stays. With `level` every prompt's
-    scores are kept at mean 0 for the first policy's replies."""
+    many steps in all as the default's, and no longer centred. The reference stays."""
     run, history, n = prepared(i, settings), [], config_of(i, {}).pairs // rounds
     (pairs, prob_a), epochs = share(i, n), 24 // (rounds + 2)
-    preference, first = run.score, pairs
-    run.score = less_its_prompt(preference, first) if level else preference
     starts = {round(k * run.config.iterations / rounds) for k in range(1, rounds)}
     while run.iteration < run.config.iterations:
         if run.iteration in starts:
@@ -674,8 +659,7 @@ def renewed(i, settings, rounds, level=False):
             pairs = {name: [(pairs[name] + new[name])[k] for k in order] for name in new}
             prob_a = labels[order]
             with torch.random.fork_rng(devices=[]):
-                preference, _ = fit(pairs, prob_a, 1000 + i, preference, epochs, centering=0)
-            run.score = less_its_prompt(preference, first) if level else preference
+                run.score, _ = fit(pairs, prob_a, 1000 + i, run.score, epochs, centering=0)
         history.append(rlaif.update(run, rlaif.roll_out(run)))
     return {**measure(run), **history_of(history)}
 
@@ -1214,10 +1198,11 @@ def renewal():
     Decides: gold at the same KL, two rounds less one. Beside it what there is to gain, by the truth itself as
     the score, and what renewal does without a price of KL.
     """
+    prices = 0.2, 0.3, 0.4  # the same, so that a straight line takes as much from each
     arms = yield {
-        "one round": DEFAULT, "two rounds": Arm({"preference": "share 2048"}, (0.2, 0.3, 0.4), 6, ("renewed", 2)),
-        "four rounds": Arm({"preference": "share 1024"}, (0.2, 0.4), 3, ("renewed", 4)),
-        "two rounds, level": Arm({"preference": "share 2048"}, (0.2, 0.3, 0.4), 3, ("renewed", 2, True)),
+        "one round": Arm({}, prices, 6),
+        "two rounds": Arm({"preference": "share 2048"}, prices, 6, ("renewed", 2)),
+        "four rounds": Arm({"preference": "share 1024"}, prices, 3, ("renewed", 4)),
         "the truth": Arm({}, (0.1, 0.2, 0.4), 3, ("told",)),
         "one round, no price": Arm({"iterations": 110}, (0.0,), 6, ("watched",)),
         "four rounds, no price": Arm({"preference": "share 1024", "iterations": 110}, (0.0,), 3,
