@@ -1231,7 +1231,7 @@ def alarms():
     long before gold turns down each rings, also where the judge has a flaw.
     """
     free = {"preference": "all_answers", "iterations": 110}
-    kinds = "length 0.6", "flattery 4", "careless 8", "blind 1", "hard 1"
+    kinds = "position 3", "length 0.6", "flattery 4", "careless 8", "blind 1", "hard 1"
     arms = yield {"sound": SOUND, "trained on gold": Arm(free, (0.0,), 6, ("alarmed", "gold")),
                   "no flaw": Arm(free, (0.0,), 6, ("alarmed",)),
                   **{flaw: Arm({**free, "preference": f"flawed {flaw}"}, (0.0,), how=("alarmed",))
