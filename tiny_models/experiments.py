@@ -1208,8 +1208,10 @@ def renewal():
         "four rounds, no price": Arm({"preference": "share 1024", "iterations": 110}, (0.0,), 3,
                                      ("renewed", 4))}
     draw("renewal", {label: arm.curves() for label, arm in arms.items() if "no price" not in label})
+    free = compare("", *(arms[f"{rounds}, no price"].at_beta(0.0) for rounds in ("four rounds", "one round")))
+    text = f"{frontier_table(arms)}\n\nWithout a price, gold of four rounds less one: {free.numbers()}."
     return compare(f"gold at {AT_KL} nats, two rounds less one", arms["two rounds"].at_kl(),
-                   arms["one round"].at_kl()), frontier_table(arms)
+                   arms["one round"].at_kl()), text
 
 
 def levels(looks):
