@@ -125,7 +125,7 @@ def perfect_label(principle, prompt, a, b):
 
 
 def judge_question(principle, prompt, a, b):
-    return rlaif.JUDGE_QUESTION.format(principle=principle, prompt=prompt, a=a, b=b)
+    return rlaif.JUDGE_QUESTION.format(principle=principle, turns=rlaif.as_lines(prompt), a=a, b=b)
 
 
 def judge_losses(model, probe, tokenizer, rng, batch=64):
@@ -179,8 +179,9 @@ def measure_judge(judge, tokenizer, n=2000):
     rng = random.Random(10)
     rows = [comparison(world.HELDOUT_PROMPTS, rng, ties=0) for _ in range(n)]
     truth = torch.tensor([label for *_, label in rows]) > 0.5
-    first = rlaif.ask_judge(judge, tokenizer, [judge_question(q, p, a, b) for q, p, a, b, _ in rows])
-    second = rlaif.ask_judge(judge, tokenizer, [judge_question(q, p, b, a) for q, p, a, b, _ in rows])
+    first, second = (rlaif.ask_judge(judge, tokenizer, questions).softmax(dim=1)[:, 0] for questions in (
+        [judge_question(q, p, a, b) for q, p, a, b, _ in rows],
+        [judge_question(q, p, b, a) for q, p, a, b, _ in rows]))
     one_order, both_orders = (first > 0.5) == truth, ((first + 1 - second) / 2 > 0.5) == truth
     print("\n| judge, held-out prompts | one order | both orders | comparisons |\n|---|---|---|---|")
     for principle in [*world.PRINCIPLES, "all"]:
