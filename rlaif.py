@@ -157,7 +157,7 @@ class Config:
     missing_eos_score: float = option(-1.0, "score of a reply that did not end, in beta's unit; inf: its own")
     # the advantage
     value: Literal["shared", "separate", "preference"] = option("shared", "trunk under the value head")
-    value_head: Literal["zero", "random"] = option("random", "how the value head starts (zero: OAI)")
+    value_head: Literal["zero", "random"] = option("zero", "how the value head starts (zero: OAI)")
     gamma: float = option(1.0, "discount per token (1: OAI, InstructGPT)")
     lam: float = option(1.0, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
@@ -261,11 +261,6 @@ def apply_head(head, hidden):
         return linear(hidden.to(dtype), head.weight.to(dtype), bias)
 
 
-def in_float32(head, inputs, output):
-    """A forward hook for a linear layer inside a model: it computes as `apply_head` does."""
-    return apply_head(head, inputs[0]) if output.dtype.itemsize < 4 else output
-
-
 def chunks_of_like_length(rows, size):
     """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -307,16 +302,14 @@ class Run:
     @contextlib.contextmanager
     def own_random(self):
         """A context in which torch's random numbers are the run's. After it the caller's go on as before."""
-        kind = self.device.type
-        on_device = None if kind == "cpu" else torch.get_device_module(self.device)
-        with torch.random.fork_rng([] if on_device is None else [self.device.index or 0], device_type=kind):
+        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        with torch.random.fork_rng([self.device.index or 0] if gpu else [], device_type=self.device.type):
             torch.manual_seed(self.config.seed)
-            if self.random:
-                torch.set_rng_state(self.random[0])
-            if self.random and on_device and self.random[1] is not None:
-                on_device.set_rng_state(self.random[1])
+            for module, state in zip((torch, gpu), self.random or []):
+                if module and state is not None:
+                    module.set_rng_state(state)
             yield
-            self.random = [torch.get_rng_state(), on_device and on_device.get_rng_state()]
+            self.random = [torch.get_rng_state(), gpu and gpu.get_rng_state()]
 
     def require_finite(self, x, what):
         """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
@@ -390,7 +383,8 @@ def ask_judge(judge, tokenizer, questions, chunk=256):
     rows = [a[:i] for a, i in zip(with_a, differ)]  # the tokens that both share
     answer_ids = torch.tensor([(a[i], b[i]) for a, b, i in zip(with_a, with_b, differ)], device=judge.device)
     logprobs = torch.empty(len(rows), 2, device="cpu")
-    hook = judge.get_output_embeddings().register_forward_hook(in_float32)
+    head = judge.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
     for picked in chunks_of_like_length(rows, chunk):
         ids, mask = pad([rows[i] for i in picked], "left", judge)  # (n, L)
         logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
@@ -483,7 +477,7 @@ class PreferenceModel:
         torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
         if not hasattr(self.model, "score"):  # this model finds the last real token by itself
             heads = [x for x in self.model.modules() if isinstance(x, nn.Linear) and x.out_features == 1]
-            hook = heads[-1].register_forward_hook(in_float32)
+            hook = heads[-1].register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
             scores = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
             hook.remove()
             return scores
@@ -589,8 +583,7 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             tqdm.write("judge: the same reply in both orders {same:.0%}, the first of two {first:.0%},\n"
                        "  probability of its two answers {hold:.2f}".format(**worth))
             if worth["same"] < 0.6 or not 0.3 <= worth["first"] <= 0.7 or worth["hold"] < 0.5:
-                warnings.warn("the judge is near chance: a small one is better not asked to compare",
-                              stacklevel=4)
+                warnings.warn("judge: near chance; a small one is better not asked to compare", stacklevel=4)
         if kept:
             state = {**data, "random": torch.get_rng_state()}
             write_whole(kept, lambda new: torch.save(state, new))
@@ -601,8 +594,7 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
     tqdm.write("preference model: held-out loss {loss:.3f}; knowing nothing costs ln 2 = 0.693\n  train_loss "
                "{train_loss:.3f}, entropy {entropy:.3f}, accuracy {accuracy:.3f}".format(**report))
     if report["loss"] > math.log(2) - 0.005:
-        warnings.warn("the preference model knows nothing of the held-out pairs: try a better judge, more "
-                      "pairs, or another preference_learning_rate", stacklevel=4)
+        warnings.warn("preference: it knows nothing of the held-out pairs; try a better judge", stacklevel=4)
     return preference, {"prompts": prompts, **data, **report}
 
 
@@ -960,7 +952,6 @@ def iterate(run):
     """The iterations that a run has left: each is rolled out, learned from and recorded -> its metrics."""
     while run.iteration < run.config.iterations:
         metrics = update(run, roll_out(run))
-        warn_of_trouble(run, metrics)
         record(run, metrics)
         yield metrics
 
@@ -1154,20 +1145,6 @@ def trying(what):
         raise ValueError(f"{what}: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
 
 
-def warn_of_trouble(run, metrics):
-    """Warn where an iteration taught nothing, and where the values stay worse than none."""
-    scores, why = run.rollout.scores, "" if metrics["eos_fraction"] else "no response ended, so "
-    if len(scores) > 1 and (scores == scores[0]).all():
-        warnings.warn(f"{why}all scores are equal and teach nothing. Where no response ends, raise "
-                      "max_new_tokens, or set missing_eos_score to inf", stacklevel=3)
-    elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
-        warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
-    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 else 0
-    if run.poor_values == 5:
-        warnings.warn("for 5 iterations the values have been worse than none (explained_variance below "
-                      '-0.5): set value_head to "zero", or raise learning_rate or value_coef', stacklevel=3)
-
-
 def check_config(config):
     """Return a copy of `config` with its defaults filled in, or raise ValueError in one sentence."""
     for name, kind in get_type_hints(Config).items():
@@ -1211,9 +1188,10 @@ def resumed(config):
     return replace(saved, **asked), passed
 
 
-def read_prompts(path, name):
+def read_prompts(path, name, tokenizer):
     """The prompts of a UTF-8 file, each a str or a list of turns: lines of text, or of JSON with a "prompt"
-    or "messages", or one JSON array of these. Raises ValueError that names the file and the line."""
+    or "messages", or one JSON array of these. Raises ValueError that names the file and the line, also for a
+    prompt that spells a special token of `tokenizer`: it could forge a turn."""
     with trying(f"{name} {path} is to hold UTF-8 lines of text or JSON"):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
         if path.endswith((".csv", ".tsv", ".yaml", ".yml")):
@@ -1232,44 +1210,49 @@ def read_prompts(path, name):
                 raise ValueError("it is blank")
             if turns[-1]["role"] != "user":
                 raise ValueError("its last turn must be the user's")
+            require_plain(entry, tokenizer)
             prompts.append(entry)
     return prompts
 
 
+@torch.no_grad()
 def load_prompts(run, judge):
     """The prompts to train on and the held-out ones: without eval_prompts every tenth is held out; of fewer
     than ten none is, and those of training stand in. Raises ValueError for a prompt that the policy's
     tokenizer cannot write, that spells a special token, such as the end of a turn, or that leaves no room for
-    a reply in policy, preference model or judge, and for one of these that cannot read as far as it says."""
+    a reply in policy, preference model or judge, and for one of these that cannot do what is asked of it."""
     config, new, tokenizer = run.config, run.config.max_new_tokens, run.tokenizer
     # Of each that reads prompts: model, tokenizer, the ids of a prompt's input, and how many come to these.
     readers = {"policy": (run.policy, tokenizer, lambda x: encode(tokenizer, [x], config.template)[0], new)}
     if isinstance(run.score, PreferenceModel):
-        readers["preference model"] = (run.score.model, run.score.tokenizer,
-                                       lambda x: run.score.tokenize([x], [""], [True])[0], new - 1)
+        readers["preference"] = (run.score.model, run.score.tokenizer,
+                                 lambda x: run.score.tokenize([x], [""], [True])[0], new - 1)
     if judge:
         model, own, principles = judge
-        longest, as_it_is = max(principles, key=len), None if own.chat_template else "{prompt}"
+        principle, template = max(principles, key=len), None if own.chat_template else "{prompt}"
         readers["judge"] = (model, own, lambda x: encode(own, [JUDGE_QUESTION.format(
-            principle=longest, turns=as_lines(x), a="", b="")], as_it_is)[0], 2 * new)
-    read, longest = {}, dict.fromkeys(readers, 0)
+            principle=principle, turns=as_lines(x), a="", b="")], template)[0], 2 * new)
+    read, longest = {}, dict.fromkeys(readers, [])
     for name in ("prompts", "eval_prompts"):
         path = getattr(config, name)
-        read[name] = read_prompts(path, name) if path else []
+        read[name] = read_prompts(path, name, tokenizer) if path else []
         for number, prompt in enumerate(read[name], start=1):
-            with trying(f"{name} {path}, line {number}"):
-                require_plain(prompt, tokenizer, writes=True)
-                for reader, (model, own, ids_of, room) in readers.items():
-                    require_plain(prompt, own)
-                    length = len(ids_of(prompt))
-                    longest[reader] = max(longest[reader], length + room)
-                    if length + room > context_of(model):
-                        raise ValueError(f"{length} tokens of prompt and {room} of response are longer than "
+            for reader, (model, own, ids_of, room) in readers.items():
+                with trying(f"{name} {path}, line {number}"):
+                    require_plain(prompt, own, writes=reader == "policy")
+                    row = ids_of(prompt)
+                    if len(row) + room > context_of(model):
+                        raise ValueError(f"{len(row)} tokens of prompt and {room} of response are more than "
                                          f"the {reader}'s context, {context_of(model)}")
-    for reader, length in longest.items():
-        with trying(f"{reader}: it cannot read the {length} tokens of the longest prompt and its replies"):
-            ids = torch.zeros(1, length, dtype=torch.long, device=run.device)
-            readers[reader][0].base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+                    longest[reader] = max(longest[reader], row + row[-1:] * room, key=len)
+    for reader, row in longest.items():
+        with trying(f"{reader}: this {type(readers[reader][0]).__name__} cannot be used"), run.autocast():
+            if reader == "preference":
+                run.score.scores([row])
+            else:
+                require_steady(readers[reader][0], row)
+            if reader == "judge":
+                ask_judge(*judge[:2], judge[2][:1])
     prompts, held_out = read.values()
     if held_out:
         return prompts, held_out
@@ -1288,6 +1271,20 @@ def require_plain(prompt, tokenizer, writes=False):
             raise ValueError("the policy's tokenizer cannot write it")
         if found := (ids & special) - {tokenizer.pad_token_id, tokenizer.unk_token_id}:
             raise ValueError(f"it spells {tokenizer.decode(min(found))!r}, a special token")
+
+
+def require_steady(model, row):
+    """Raise ValueError unless the logits after the first half of a row of token ids are finite, and the same
+    with padding before it and with the second half after it."""
+    half = row[:-(len(row) // 2)] or row
+    ids, mask = pad([half, row], "left", model)
+    at = torch.tensor([len(half) - 1, len(row) - 1], device=ids.device)  # where the half ends, twice
+    alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):], logits_to_keep=1)
+    beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), logits_to_keep=at)
+    for other in (beside.logits[0, 1], beside.logits[1, 0]):
+        off = (alone.logits[0, -1] - other).abs().max()
+        if not off < (0.01 if model.dtype == other.dtype == torch.float32 else 0.5):
+            raise ValueError("its logits are not finite, or move with padding, or with what comes later")
 
 
 def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=None):
@@ -1312,8 +1309,6 @@ def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=No
     with trying(f"{name}: this {type(model).__name__} cannot be used"):
         if not 0 < top < rows:
             raise ValueError(f"its tokenizer writes ids up to {top}, its embedding has {rows} rows")
-        if model.config.is_encoder_decoder:
-            raise ValueError("it has an encoder and a decoder")
         if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
     return model.to(device).eval(), tokenizer
@@ -1323,13 +1318,9 @@ def load_feedback(config, device, score, policy, tokenizer):
     """What gives the score, or a judge to fit it to, with tokenizer and principles. Raises ValueError."""
     judge, dtype, fitted = None, getattr(torch, config.dtype), f"{config.resume}/preference"
     if score is None and config.judge and not os.path.isdir(fitted):
-        principles = CONSTITUTION
-        if config.constitution:
-            principles = read_prompts(config.constitution, "constitution")
-        judge = *load(AutoModelForCausalLM, config.judge, "judge", device, dtype), principles
-        for number, principle in enumerate(principles, start=1):
-            with trying(f"constitution {config.constitution}, line {number}"):
-                require_plain(principle, judge[1])
+        model, own = load(AutoModelForCausalLM, config.judge, "judge", device, dtype)
+        path = config.constitution
+        judge = model, own, read_prompts(path, "constitution", own) if path else CONSTITUTION
     elif score is None:
         path, dtype = (fitted, torch.float32) if config.judge else (config.preference, dtype)
         model, own = load(AutoModelForSequenceClassification, path, "preference", device, dtype)
@@ -1385,44 +1376,14 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
                 raise ValueError("it is not a function")
     run = Run(config, device, policy, reference, tokenizer, [], [], score, gold, passed, config.beta)
     run.prompts, run.held_out = load_prompts(run, judge)
-    try_out(run, judge)
-    begin(run, judge)
-    return run
-
-
-@torch.no_grad()
-def try_out(run, judge):
-    """Raise ValueError if policy, preference model or judge cannot do what the loop asks of them, and warn if
-    few replies end."""
-    config, few = run.config, run.prompts[:16]
-    with run.own_random(), run.autocast(), trying(f"policy: this {type(run.policy).__name__} cannot be used"):
-        r = respond(run.policy, run.tokenizer, few, config)
-        response_logits(run.policy, r.input_ids[:2], r.attention_mask[:2], r.tokens[:2], r.mask[:2])
-        require_steady(run.policy, tokenize(run.tokenizer, [as_lines(few[0])])[0])
+    with run.own_random(), run.autocast(), trying(f"policy: this {type(policy).__name__} cannot be used"):
+        r = respond(policy, tokenizer, run.prompts[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some first replies end in {config.max_new_tokens} tokens, and the "
-                      "scores of others do not count: raise max_new_tokens, or set missing_eos_score to inf",
-                      stacklevel=4)
-    if isinstance(run.score, PreferenceModel):
-        with trying(f"preference: this {type(run.score.model).__name__} cannot be used"):
-            run.score([few[0], few[-1]], ["", ""], [True, False])
-    if judge:
-        with trying(f"judge: {config.judge} cannot be asked"):
-            ask_judge(*judge[:2], judge[2][:1])
-            require_steady(judge[0], tokenize(judge[1], judge[2][:1])[0])
-
-
-def require_steady(model, row):
-    """Raise ValueError unless the logits after the first half of a row of token ids are finite, and the same
-    with padding before it and with the second half after it."""
-    half = row[:-(len(row) // 2)] or row
-    ids, mask = pad([half, row], "left", model)
-    alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):]).logits[0, -1]
-    beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits
-    for other in (beside[0, -1], beside[1, len(half) - 1]):
-        if not (alone - other).abs().max() < (0.01 if alone.dtype == torch.float32 else 0.5):
-            raise ValueError("its logits are not finite, or move with padding, or with what comes later")
+        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens, and scores of "
+                      "others do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
+    begin(run, judge)
+    return run
 
 
 def begin(run, judge):
@@ -1456,9 +1417,8 @@ def begin(run, judge):
                 getattr(run, name).load_state_dict(state[name])
             run.iteration, run.beta, run.random = state["iteration"], state["beta"], state["random"]
     if config.resume and (out / "metrics.jsonl").exists():
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = "".join(lines[:run.iteration])
-        write_whole(out / "metrics.jsonl", lambda new: new.write_text(kept, encoding="utf-8"))
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:run.iteration]
+        write_whole(out / "metrics.jsonl", lambda new: new.write_text("".join(lines), encoding="utf-8"))
 
 
 def write_whole(path, write):
@@ -1483,10 +1443,20 @@ def save_model(model, tokenizer, folder, padding_side="left"):
 
 
 def record(run, metrics):
-    """Append an iteration's metrics to metrics.jsonl; every `save_every` iterations and at the end, write a
-    checkpoint: all that the rest of the run depends on and that its settings do not tell; at the end, the
-    policy too."""
-    config, out = run.config, run.config.out and pathlib.Path(run.config.out)
+    """Warn where an iteration taught nothing or values stay worse than none; with `out`, append the metrics
+    to metrics.jsonl; every `save_every` iterations and at the end, write a checkpoint: all that the rest of
+    the run depends on and that its settings do not tell; at the end, the policy too."""
+    config, scores, out = run.config, run.rollout.scores, run.config.out and pathlib.Path(run.config.out)
+    if len(scores) > 1 and (scores == scores[0]).all():
+        why = "" if metrics["eos_fraction"] else " since no response ended: raise max_new_tokens, or set " \
+            "missing_eos_score to inf"
+        warnings.warn(f"all scores are equal and teach nothing{why}", stacklevel=3)
+    elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
+        warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
+    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 else 0
+    if run.poor_values == 5:
+        warnings.warn("5 times the values were worse than none (explained_variance below -0.5): set "
+                      'value_head to "zero", or raise learning_rate or value_coef', stacklevel=3)
     if not out:
         return
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
