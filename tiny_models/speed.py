@@ -59,7 +59,7 @@ def random_model(kind, layers, width):
 
 
 def train_here(iterations, layers, width, batch, length, value):
-    """Train a random model on prompts of 12 tokens -> the Run, and the metrics of each iteration."""
+    """Train a random model on prompts of 12 tokens -> the Run, and the seconds of each iteration."""
     torch.manual_seed(0)
     policy, tokenizer = random_model(GPT2LMHeadModel, layers, width)
     scorer, _ = random_model(GPT2ForSequenceClassification, layers, width)
