@@ -1,8 +1,8 @@
 """One experiment for each claim about RLAIF with PPO:  python -m tiny_models.experiments  [--only NAME]
 
 How a claim is tested stands in protocol.py, and one function for each claim, to be read alone, in
-ppo_claims.py, feedback_claims.py and alarms.py. How a run is made: runs.py and measurements.py; on which
-feedback: feedback.py.
+ppo_claims.py, feedback_claims.py and alarms.py; what else the same runs say, in second_look.py. How a run is
+made: runs.py and measurements.py; on which feedback: feedback.py.
 
 Every run is a line of results.jsonl, written as it comes, so that a command that was stopped goes on where it
 was; runs that several experiments share are made once. Labels, preference models and policies are kept in
@@ -21,6 +21,7 @@ from tiny_models.experiments.feedback_claims import (blind, careless, dense, dir
 from tiny_models.experiments.ppo_claims import (beta, clip, estimator, exact, gae, kl_level, reference, value,
                                                 whitening)
 from tiny_models.experiments.protocol import RESULTS, load_results, make_runs
+from tiny_models.experiments.second_look import second_look
 
 README = pathlib.Path(__file__).parent / "README.md"
 EXPERIMENTS = {claim.__name__: claim for claim in (
@@ -48,8 +49,7 @@ def plan(names, quick):
 def conclude(generator, arms, done):
     """Give an experiment its arms back, with all results that are there -> Verdict, tables."""
     for arm in arms.values():
-        jobs = {(job.settings["beta"], job.i): done.get(job.key) for job in arm.jobs()}
-        arm.results = {at: measured for at, measured in jobs.items() if measured}
+        arm.read(done)
     try:
         generator.send(arms)
     except StopIteration as end:
@@ -89,13 +89,14 @@ def main():
 
 def report(begun, done, only, quick):
     """Print what each experiment says, and write it into README.md, unless it was a --quick one."""
-    readme, rows = README.read_text(encoding="utf-8"), []
+    readme, rows, verdicts = README.read_text(encoding="utf-8"), [], {}
     for name, (generator, arms) in begun.items():
         verdict, text = conclude(generator, arms, done)
         claim = EXPERIMENTS[name].__doc__.splitlines()[0]
         if not quick and not verdict.differences:
             readme = write_between(readme, name, "Not run yet.")
             continue
+        verdicts[name] = verdict
         rows.append([f"[`{name}`](#{name}) {claim}", f"**{verdict}**",
                      f"{verdict.compared}: {verdict.numbers()}", f"[curves](figures/{name}.png)"])
         print(f"\n{claim}\n{verdict}: {verdict.compared}: {verdict.numbers()}\n\n{text}")
@@ -103,6 +104,10 @@ def report(begun, done, only, quick):
     if quick:
         print("\nOne run of eight iterations an arm: this shows that everything runs, and proves nothing.")
         return
+    if len(verdicts) == len(EXPERIMENTS):
+        text = second_look(verdicts, {name: arms for name, (_, arms) in begun.items()}, done)
+        print(f"\nA second look at the same runs\n\n{text}")
+        readme = write_between(readme, "second look", text)
     if not only:
         readme = write_between(readme, "verdicts", tables.markdown(
             ["claim", "verdict", "the difference that decides, with its 95 % interval", "picture"], rows))

@@ -53,6 +53,11 @@ class Arm:
         return [Job(self.make, {**self.settings, "beta": beta}, i)
                 for i in range(self.first, self.first + self.runs) for beta in self.betas]
 
+    def read(self, done):
+        """Fill in the results of its runs, of those that are done."""
+        jobs = {(job.settings["beta"], job.i): done.get(job.key) for job in self.jobs()}
+        self.results = {at: measured for at, measured in jobs.items() if measured}
+
     def at_beta(self, beta, name="gold"):
         """What the runs at one price measured -> {i: number}."""
         return {i: result[name] for (b, i), result in self.results.items() if b == beta}
@@ -106,6 +111,20 @@ class Verdict:
         mean, n = statistics.mean(self.differences), len(self.differences)
         half = STUDENT_T[n - 1] * statistics.stdev(self.differences) / math.sqrt(n)
         return mean - half, mean + half
+
+    @property
+    def p_value(self):
+        """The chance of a mean as far from 0 as this, by Student's t (Abramowitz & Stegun 26.7.3 and 4)."""
+        n = len(self.differences) - 1  # degrees of freedom
+        t = statistics.mean(self.differences) / (statistics.stdev(self.differences) / math.sqrt(n + 1))
+        sine, cosine = abs(t) / math.hypot(t, math.sqrt(n)), math.sqrt(n) / math.hypot(t, math.sqrt(n))
+        term = total = cosine if n % 2 else 1.0
+        for k in range(2 + n % 2, n - 1, 2):
+            term *= (k - 1) / k * cosine ** 2
+            total += term
+        if n % 2:
+            return 1 - 2 / math.pi * (math.asin(sine) + (sine * total if n > 1 else 0))
+        return 1 - sine * total
 
     def __str__(self):
         n = len(self.differences)
