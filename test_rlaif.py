@@ -30,6 +30,7 @@ import sys
 import types
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -48,10 +49,11 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
                    shape_rewards, token_logprobs, update_beta, value_loss, whiten)
-from tiny_models import build, experiments, world
+from tiny_models import build, world
 from tiny_models.exact import (ALL_MASK, ALL_TOKENS, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
                                enumerate_logprobs, exact_run, expected_gradient, flat_gradient, gpt2, letters,
                                objective_gradient, optimum, toy_config)
+from tiny_models.experiments import alarms, feedback, measurements, protocol, runs
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -3127,14 +3129,14 @@ def test_the_account_of_a_preference_loss_adds_up(K, N, seed):
     ([1.8, 2.0, 2.2], 1.503, 2.497, "holds"), ([-1.8, -2.0, -2.2], -2.497, -1.503, "the reverse holds")])
 def test_a_verdict_is_students_interval_over_paired_runs(differences, low, high, says):
     less = {i: 10.0 * i for i in range(5)}  # runs without a partner are left out
-    verdict = experiments.compare("", {i: less[i] + d for i, d in enumerate(differences)}, less)
+    verdict = protocol.compare("", {i: less[i] + d for i, d in enumerate(differences)}, less)
     close(torch.tensor(verdict.interval), torch.tensor([low, high]), "another interval", atol=2e-3)
     assert str(verdict) == says
 
 
 def test_arms_are_compared_at_the_same_kl_between_their_own_points():
     kl, gold = (0.25, 4.0, 1.0), (0.5, 2.0, 1.0)  # gold is the root of the KL: a straight line
-    arm = experiments.Arm(betas=(3.0, 0.1, 1.0), runs=1)
+    arm = protocol.Arm(betas=(3.0, 0.1, 1.0), runs=1)
     arm.results = {(beta, 0): {"kl": k, "gold": g} for beta, k, g in zip(arm.betas, kl, gold)}
     for at in (0.25, 0.7, 3.7, 4.0):
         close(arm.at_kl(kl=at)[0], at ** 0.5, f"gold at {at} nats")
@@ -3149,35 +3151,41 @@ def test_a_planted_flaw_bends_the_labels_its_own_way(seed):
              "responses_b": ["one", "a b c d e f"], "answers": answers.tolist()}
     swapped = {"responses_a": pairs["responses_b"], "responses_b": pairs["responses_a"],
                "answers": answers.flip(1).tolist()}
-    sound = experiments.averaged(answers)
+    sound = feedback.averaged(answers)
 
     def labels(how, *arguments, of=pairs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(experiments, "feedback", lambda i: dict(of))
+            patch.setattr(feedback, "judged_pairs", lambda i: dict(of))
             return how(0, *arguments)[1]
     for flaw in ("length", "flattery", "careless", "blind"):
-        close(labels(experiments.flawed, flaw, "0"), sound, f"{flaw} of no strength", atol=1e-5)
-    for how in (("length", "1"), ("flattery", "1"), ("position", "2", "both")):
-        both = labels(experiments.flawed, *how) + labels(experiments.flawed, *how, of=swapped)
+        close(labels(feedback.flawed, flaw, 0), sound, f"{flaw} of no strength", atol=1e-5)
+    for how in (("length", 1), ("flattery", 1), ("position", 2, "both")):
+        both = labels(feedback.flawed, *how) + labels(feedback.flawed, *how, of=swapped)
         close(both, torch.ones(2), f"{how} does not depend on which reply is a", atol=1e-5)
-    longer, flatters = (labels(experiments.flawed, flaw, "1") - sound for flaw in ("length", "flattery"))
+    longer, flatters = (labels(feedback.flawed, flaw, 1) - sound for flaw in ("length", "flattery"))
     assert longer[0] > 0 > longer[1] and flatters[1] > 0 and abs(flatters[0]) < 1e-6
-    against = labels(experiments.flawed, "flattery", "1", "principle")
-    assert against[1] < labels(experiments.flawed, "flattery", "1")[1]
-    one_order = labels(experiments.flawed, "position", "2")
+    against = labels(feedback.flawed, "flattery", 1, "principle")
+    assert against[1] < labels(feedback.flawed, "flattery", 1)[1]
+    one_order = labels(feedback.flawed, "position", 2)
     assert (one_order > answers[:, 0].mean(dim=0)).all(), "the reply that stands first gains"
-    assert (labels(experiments.flawed, "hard", "1") == (sound > 0.5)).all()
+    assert (labels(feedback.flawed, "hard", 1) == (sound > 0.5)).all()
     own = (answers[:, 0] + 1 - answers[:, 1]) / 2  # (4, 2): each principle's own label
-    assert ((own - labels(experiments.drawn, "1")).abs() < 1e-6).any(dim=0).all()
+    assert ((own - labels(feedback.drawn, 1)).abs() < 1e-6).any(dim=0).all()
 
 
 def test_what_a_run_needs_is_made_before_it_and_once():
-    flawed = {"beta": 0.3, "preference": "flawed careless 8"}
-    jobs = [{"how": ["ensemble", "mean"], "settings": flawed, "i": 5},
-            {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
-            {"how": ["ppo"], "settings": {"beta": 1.0, "preference": "pooled careless 8"}, "i": 2}]
+    careless, pooled = (partial(how, flaw="careless", strength=8)
+                        for how in (feedback.flawed, feedback.pooled))
+    jobs = [protocol.Job(partial(runs.ensemble, how="mean"), {"beta": 0.3, "preference": careless}, 5),
+            protocol.Job(measurements.aged, {"beta": 0.15}, 2),
+            protocol.Job(runs.ppo, {"beta": 1.0, "preference": pooled}, 2)]
+    assert [job.line() for job in jobs] == [
+        {"how": ["ensemble", "mean"], "settings": {"beta": 0.3, "preference": "flawed careless 8"}, "i": 5},
+        {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
+        {"how": ["ppo"], "settings": {"beta": 1.0, "preference": "pooled careless 8"}, "i": 2}]
     labels, plain, others, policies = ([arguments for _, *arguments in calls]
-                                       for _, calls in experiments.stages(jobs))
+                                       for _, calls in protocol.stages(jobs))
+    others = [[i, feedback.kind_of(kind)] for i, kind in others]
     assert labels == [[0], [1], [2], [3], [4], [5]] and plain == [[0], [1], [2], [5]]
     assert policies == [[2, 0.15]]
     assert others == [[0, "flawed careless 8"], [1, "flawed careless 8"], [2, "all_answers"],
@@ -3189,7 +3197,7 @@ def test_an_alarm_is_as_loud_as_what_it_watches_has_moved():
              [1.0, 2.0, 0.8, 0.5, 12.0, 0.8, 0.3, 0.9, 0.6]]
     expected = {"KL": [1, 2], "score": [0.5, 0.8], "entropy": [0, 0], "length": [0, 3], "distinct": [0, 0.1],
                 "committee": [0.1, 0.3], "judge": [0, 0], "agreement": [0, 0.1]}
-    levels = experiments.levels(looks)
+    levels = alarms.levels(looks)
     assert levels.keys() == expected.keys()
     for name, values in expected.items():
         close(torch.tensor(levels[name]), torch.tensor(values, dtype=torch.float32), name, atol=1e-6)

@@ -13,6 +13,7 @@ part is left out. Everything runs on the CPU, by the clock on the wall, so let n
 import argparse
 import contextlib
 import copy
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -59,7 +60,7 @@ def random_model(kind, layers, width):
 
 
 def train_here(iterations, layers, width, batch, length, value):
-    """Train a random model on prompts of 12 tokens -> the Run, and the metrics of each iteration."""
+    """Train a random model on prompts of 12 tokens -> the Run, and the seconds of each iteration."""
     torch.manual_seed(0)
     policy, tokenizer = random_model(GPT2LMHeadModel, layers, width)
     scorer, _ = random_model(GPT2ForSequenceClassification, layers, width)
@@ -72,7 +73,30 @@ def train_here(iterations, layers, width, batch, length, value):
             learning_rate=1e-6)
         score = rlaif.PreferenceModel(scorer, tokenizer, config.template)
         run = rlaif.prepare(config, score, None, policy, tokenizer)
-    return run, [rlaif.update(run, rlaif.roll_out(run)) for _ in range(iterations)]
+    clock = [time.perf_counter()]
+    for _ in range(iterations):
+        rlaif.update(run, rlaif.roll_out(run))
+        clock.append(time.perf_counter())
+    return run, [end - start for start, end in itertools.pairwise(clock)]
+
+
+def time_phases(run):
+    """The seconds of each phase of one more iteration, called by itself on its batch -> {phase: seconds}.
+    Rewards and advantages, which come between the passes through the models, are left out."""
+    r, clock = rlaif.roll_out(run), [time.perf_counter()]
+    rlaif.respond(run.policy, run.tokenizer, r.prompts, run.config)
+    clock.append(time.perf_counter())
+    rlaif.score_responses(run, run.score, "score")
+    clock.append(time.perf_counter())
+    inputs = r.input_ids, r.attention_mask, r.tokens, r.mask
+    for model, value in ((run.policy, run.value), (run.reference, None)):
+        with torch.no_grad():
+            logits, _ = rlaif.response_logits(model, *inputs, value)
+            rlaif.token_logprobs(logits, r.tokens, run.config.temperature)
+        clock.append(time.perf_counter())
+    rlaif.update(run, r)
+    clock.append(time.perf_counter())
+    return {phase: end - start for phase, (start, end) in zip(PHASES, itertools.pairwise(clock), strict=True)}
 
 
 class Clock(TrainerCallback):
@@ -158,12 +182,12 @@ def growth():
     square = torch.randn(1024, 1024)
     timer = Timer("x @ x", globals={"x": square}, num_threads=torch.get_num_threads())
     for size in [{**SIZE, name: value} for name, values in GROWTH.items() for value in values]:
-        run, history = train_here(4, **size)
+        run, _ = train_here(1, **size)  # it warms up
+        times = [time_phases(run) for _ in range(3)]
+        seconds = {phase: statistics.median(taken[phase] for taken in times) for phase in PHASES}
         rollout = rlaif.roll_out(run)
         with FlopCounterMode(display=False) as counter:
             rlaif.update(run, rollout)
-        seconds = {phase: statistics.median(metrics[f"seconds_{phase}"] for metrics in history[1:])
-                   for phase in PHASES}
         product = 2 * len(square) ** 3 / timer.blocked_autorange().median
         reached = counter.get_total_flops() / seconds["update"]
         row(*(size[name] for name in ("layers", "width", "batch", "length")),
@@ -178,7 +202,7 @@ def turns():
     for size in SIDE_BY_SIDE:
         here, there = [], []
         for _ in range(5):
-            here.append([size["batch"] / m["episodes_per_second"] for m in train_here(6, **size)[1][1:]])
+            here.append(train_here(6, **size)[1][1:])
             there.append(train_random_with_trl(6, **size))
         ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(here, there))
         here, there = (size["batch"] / statistics.median(sum(seconds, [])) for seconds in (here, there))

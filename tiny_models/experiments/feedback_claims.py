@@ -1,0 +1,237 @@
+"""The claims about AI feedback: how to ask, and what a flaw of the judge does to the policy.
+
+Every claim is one function that can be read alone: the claim, what decides, the arms, the picture and the
+tables. It yields its arms, is given them back with the results of their runs, and returns Verdict and tables.
+"""
+
+from functools import partial
+
+from tiny_models.experiments.feedback import all_answers, cut_off, drawn, flawed, pooled, share
+from tiny_models.experiments.measurements import aged, followed, refitted
+from tiny_models.experiments.protocol import AT_KL, BEST, DEFAULT, SOUND, Arm, compare, without
+from tiny_models.experiments.runs import ensemble, judged_directly, levelled, ppo, renewed, told, watched
+from tiny_models.experiments.tables import curves_of, draw, frontier_table, markdown, mean_and_std
+
+# %% How to ask
+
+
+def dense():
+    """An AI reward can be had for every prefix, and dense feedback helps.
+
+    Decides: gold at the same KL, dense less terminal. Explained variance is not comparable: with a dense
+    reward there is less left to explain.
+    """
+    every_prefix = {"dense_reward": True}
+    arms = yield {"terminal": DEFAULT, "dense": Arm(every_prefix, runs=6), "best of n": BEST,
+                  "dense, fitted to prefixes": Arm({**every_prefix, "preference": cut_off})}
+    shown = without(arms, "best of n")
+    draw("dense", curves_of(shown), best=arms["best of n"])
+    verdict = compare(f"gold at {AT_KL} nats, dense less terminal", arms["dense"].at_kl(),
+                      arms["terminal"].at_kl())
+    return verdict, frontier_table(shown)
+
+
+def direct():
+    """The judge itself can give the reward, with no preference model between.
+
+    Decides: gold at the same KL, judge (one principle a comparison) less preference model.
+    """
+    under_one, under_all = (partial(judged_directly, principles=n) for n in ("one", "all"))
+    arms = yield {"preference model": DEFAULT, "best of n": BEST,
+                  "judge, one principle": Arm({}, (0.04, 0.07, 0.15), 6, under_one),
+                  "judge, all principles": Arm({}, (0.05, 0.08, 0.15, 0.3), 3, under_all)}
+    shown = without(arms, "best of n")
+    draw("direct", curves_of(shown), best=arms["best of n"])
+    verdict = compare(f"gold at {AT_KL} nats, judge (one principle) less preference model",
+                      arms["judge, one principle"].at_kl(), arms["preference model"].at_kl())
+    return verdict, frontier_table(shown)
+
+
+def principles():
+    """Asking under every principle teaches more than asking under one that is drawn for each pair.
+
+    Decides: gold at the same KL, all less one, with as many questions to the judge: one principle each, for
+    four times as many pairs.
+    """
+    as_many_questions, as_many_pairs = partial(drawn, times=4), partial(drawn, times=1)
+    shown = {"all": DEFAULT,
+             "one, as many questions": Arm({"preference": as_many_questions}, runs=6),
+             "one, as many pairs": Arm({"preference": as_many_pairs})}
+    fits = {f"{label}: fit": Arm({"preference": labels}, (0.3,), 5, followed)
+            for label, labels in zip(shown, (all_answers, as_many_questions, as_many_pairs))}
+    arms = yield {**shown, **fits}
+    shown = {label: arms[label] for label in shown}
+    draw("principles", curves_of(shown))
+    rows = [[label, *(mean_and_std(arms[f"{label}: fit"].at_beta(0.3, name).values())
+                      for name in ("labels", "model", "worst topic"))]
+            for label in shown if arms[f"{label}: fit"].results]
+    text = markdown(["five fits", "labels agree with gold", "preference model agrees",
+                     "score of the best reply, worst topic"], rows)
+    verdict = compare(f"gold at {AT_KL} nats, all less one", arms["all"].at_kl(),
+                      arms["one, as many questions"].at_kl())
+    return verdict, f"{text}\n\n{frontier_table(shown)}"
+
+
+def stale():
+    """AI feedback goes stale: the further the policy, the less the preference model knows of its replies.
+
+    Decides: agreement with gold on pairs of the first policy's replies, less of the last one's (β 0.15), at
+    the same sizes of the gold difference. Beside it, what it gives to fit on; what that does to the policy:
+    `renewal`.
+    """
+    arms = yield {"aged": Arm({}, (0.15,), 6, aged), "refitted": Arm({}, (0.15,), 3, refitted)}
+    models, refits = arms["aged"], list(arms["refitted"].results.values())
+    draw("stale", {f"{which} policy": {i: [(i, result[which])] for (_, i), result in models.results.items()}
+                   for which in ("first", "last")}, "run", "agreement with gold", at_kl=False)
+    names = ["pairs", "first, its own sizes", "first", "last"]
+    text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
+                                      for (_, i), result in sorted(models.results.items())])
+    if refits:
+        text += "\n\n" + markdown(["fitted on to", "first policy's pairs", "last policy's pairs"], [
+            [how, *(mean_and_std([result[f"{how}, {which}"] for result in refits], 3)
+                    for which in ("first", "last"))]
+            for how in ("as it was", "new pairs alone", "old and new", "old and new, centred")])
+    return compare("agreement with gold, first policy less last", models.at_beta(0.15, "first"),
+                   models.at_beta(0.15, "last")), text
+
+
+def renewal():
+    """Feedback that is renewed while the policy moves teaches it more, with as many pairs and iterations.
+
+    Decides: gold at the same KL, two rounds less one. Beside it what there is to gain, by the truth itself as
+    the score, and what renewal does without a price of KL.
+    """
+    prices = 0.2, 0.3, 0.4  # the same, so that a straight line takes as much from each
+    half, quarter = ({"preference": partial(share, n=n)} for n in (2048, 1024))
+    twice, four_times = (partial(renewed, rounds=rounds) for rounds in (2, 4))
+    arms = yield {
+        "one round": Arm({}, prices, 6), "two rounds": Arm(half, prices, 6, twice),
+        "four rounds": Arm(quarter, prices, 3, four_times), "the truth": Arm({}, (0.1, 0.2, 0.4), 3, told),
+        "one round, no price": Arm({"iterations": 110}, (0.0,), 6, watched),
+        "four rounds, no price": Arm({**quarter, "iterations": 110}, (0.0,), 3, four_times)}
+    free = "one round, no price", "four rounds, no price"
+    draw("renewal", curves_of(without(arms, *free)))
+    one, four = (arms[label].at_beta(0.0) for label in free)
+    text = frontier_table(arms)
+    text += f"\n\nWithout a price, gold of four rounds less one: {compare('', four, one).numbers()}."
+    return compare(f"gold at {AT_KL} nats, two rounds less one", arms["two rounds"].at_kl(),
+                   arms["one round"].at_kl()), text
+
+
+# %% A judge's flaws: each of its answers is bent in log-odds, see `bend` in feedback.py
+
+
+def bent(flaw, strength, runs=3, make=ppo, **remedy):
+    """PPO on a preference model fitted to the labels of a judge with a flaw."""
+    return Arm({"preference": partial(flawed, flaw=flaw, strength=strength, **remedy)}, runs=runs, make=make)
+
+
+def flaw_report(name, arms, shown="gold", label="gold"):
+    """The picture and the table of a planted flaw, by the measured number that shows it."""
+    draw(name, curves_of(arms, shown), ylabel=label)
+    return frontier_table(arms, **{label: shown})
+
+
+def position():
+    """A judge that prefers what stands first spoils the policy, and asking in both orders mends it.
+
+    Decides: gold at the same KL, both orders less one, with 3 nats of log-odds for the first reply.
+    """
+    arms = yield {"no flaw": DEFAULT, "1, one order": bent("position", 1),
+                  "3, one order": bent("position", 3, runs=6),
+                  "3, both orders": bent("position", 3, runs=6, remedy="both")}
+    verdict = compare(f"gold at {AT_KL} nats, both orders less one", arms["3, both orders"].at_kl(),
+                      arms["3, one order"].at_kl())
+    return verdict, flaw_report("position", arms)
+
+
+def length():
+    """A judge that likes long replies makes the policy write long ones.
+
+    Decides: tokens of a reply at the same KL, with 0.6 nats of log-odds for a word more, less without.
+    """
+    arms = yield {"no flaw": DEFAULT, "0.2 a word": bent("length", 0.2),
+                  "0.6 a word": bent("length", 0.6, runs=6),
+                  "0.6, taken out of the score": bent("length", 0.6, make=levelled)}
+    verdict = compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
+                      arms["0.6 a word"].at_kl("length"), arms["no flaw"].at_kl("length"))
+    return verdict, flaw_report("length", arms, "length", "tokens")
+
+
+def flattery():
+    """What flatters the judge, the policy learns to write.
+
+    Decides: share of replies that flatter at the same KL, with 4 nats of log-odds for them, less without.
+    """
+    arms = yield {"no flaw": SOUND, "2": bent("flattery", 2), "4": bent("flattery", 4, runs=6),
+                  "2, a principle against it": bent("flattery", 2, remedy="principle")}
+    verdict = compare(f"share that flatters at {AT_KL} nats, flawed less sound",
+                      arms["4"].at_kl("flattering"), arms["no flaw"].at_kl("flattering"))
+    return verdict, flaw_report("flattery", arms, "flattering", "flatter")
+
+
+def careless():
+    """Noise in the judge's answers costs the policy gold.
+
+    Decides: gold at the same KL, without noise less with noise of std 8 on the log-odds of each answer.
+    """
+    all_pairs = {"preference": partial(pooled, flaw="careless", strength=8)}
+    arms = yield {"no flaw": DEFAULT, "std 4": bent("careless", 4), "std 8": bent("careless", 8, runs=6),
+                  "std 8, three times the pairs": Arm(all_pairs),
+                  **{f"std 8, {how} of three": bent("careless", 8, make=partial(ensemble, how=how))
+                     for how in ("mean", "minimum")}}
+    verdict = compare(f"gold at {AT_KL} nats, sound less careless", arms["no flaw"].at_kl(),
+                      arms["std 8"].at_kl())
+    return verdict, flaw_report("careless", arms)
+
+
+def blind():
+    """What the judge does not see, the policy does not avoid.
+
+    Decides: share of harmful replies at the same KL, all answers about harm guessed, less none.
+    """
+    arms = yield {"no flaw": SOUND, "half of them": bent("blind", 0.5),
+                  "all of them": bent("blind", 1, runs=6)}
+    verdict = compare(f"share that is harmful at {AT_KL} nats, blind less sound",
+                      arms["all of them"].at_kl("harmful"), arms["no flaw"].at_kl("harmful"))
+    return verdict, flaw_report("blind", arms, "harmful", "harmful")
+
+
+def hard():
+    """Soft labels teach the policy more than hard ones.
+
+    Decides: gold at the same KL, soft less hard. The model of the hard labels was fitted to the soft ones
+    first, so this says too little rather than too much.
+    """
+    arms = yield {"soft": DEFAULT, "hard": bent("hard", 1, runs=6)}
+    verdict = compare(f"gold at {AT_KL} nats, soft less hard", arms["soft"].at_kl(), arms["hard"].at_kl())
+    return verdict, flaw_report("hard", arms)
+
+
+def flaws():
+    """A flaw that is the same every time harms the policy more than noise that spoils more of the labels.
+
+    Decides: gold at the same KL, with noise of std 8 (the labels agree with gold in 0.62 of the pairs) less
+    with 0.6 nats for a word more (0.70).
+    """
+    shown = {"no flaw": DEFAULT, "position 3": bent("position", 3, runs=6),
+             "position 3, both orders": bent("position", 3, runs=6, remedy="both"),
+             "length 0.6": bent("length", 0.6, runs=6), "flattery 4": bent("flattery", 4, runs=6),
+             "careless 8": bent("careless", 8, runs=6), "blind to harm": bent("blind", 1, runs=6),
+             "hard labels": bent("hard", 1, runs=6)}
+    judges = {f"{label}: judge": Arm({"preference": arm.settings.get("preference", all_answers)}, (0.3,), 6,
+                                     followed) for label, arm in shown.items()}
+    arms = yield {**shown, **judges}
+    rows, points = [], {}
+    for label in shown:
+        judge, gold = arms[f"{label}: judge"], arms[label].at_kl()
+        if judge.results and gold:
+            labels, model = judge.at_beta(0.3, "labels"), judge.at_beta(0.3, "model")
+            points[label] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
+            rows.append([label, *(mean_and_std(found.values()) for found in (labels, model, gold))])
+    in_words = f"gold of the policy at {AT_KL} nats"
+    draw("flaws", points, "agreement of the labels with gold", in_words, at_kl=False)
+    verdict = compare(f"gold at {AT_KL} nats, careless 8 less length 0.6", arms["careless 8"].at_kl(),
+                      arms["length 0.6"].at_kl())
+    return verdict, markdown(
+        ["flaw of the judge", "labels agree with gold", "preference model agrees", in_words], rows)

@@ -1,0 +1,233 @@
+"""How a claim is tested: arms of runs, the runs that are made of them, and the verdict on their difference.
+
+    frontier   An arm is PPO with some settings at several prices of KL. What it gives is a curve, gold over
+               KL, on held-out prompts; two arms are compared at the same KL, AT_KL, where the default run
+               ends, by interpolation between an arm's own points. An arm that drifts further has more gold,
+               whatever else it is.
+    fresh      Run i has seed 1000 + i, which chose no default, and a preference model of its own: pairs,
+               labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone.
+    by rule    The difference of two arms, paired over the runs, with its 95 % interval by Student's t. It
+               holds if the whole interval is above zero; the reverse holds if it is below; else it cannot be
+               told with so many runs.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from tiny_models.experiments.feedback import (all_answers, function_of, judged_pairs, kind_of, neighbours,
+                                              pooled, preference_folder, spelled)
+from tiny_models.experiments.measurements import aged, best_of_n, estimators, followed, refitted
+from tiny_models.experiments.runs import alarmed, ensemble, ppo, second_round, trained_policy
+
+RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
+AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in tiny_models/README.md
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
+
+
+# %% Arms
+
+
+@dataclass
+class Arm:
+    """PPO with some settings changed, at each of several prices of KL, and the results of its runs."""
+
+    settings: dict = field(default_factory=dict)  # of rlaif.Config; "preference" is the function of labels
+    betas: tuple = (0.15, 0.3, 0.6)
+    runs: int = 3  # at each price; 6 for the comparison that decides
+    make: Callable = ppo  # makes a run of its number and settings; further arguments fixed by keyword
+    first: int = 0  # number of the first run
+    results: dict = None  # (beta, i) -> dict of what run i measured; filled in once it is run
+
+    def jobs(self):
+        return [Job(self.make, {**self.settings, "beta": beta}, i)
+                for i in range(self.first, self.first + self.runs) for beta in self.betas]
+
+    def read(self, done):
+        """Fill in the results of its runs, of those that are done."""
+        jobs = {(job.settings["beta"], job.i): done.get(job.key) for job in self.jobs()}
+        self.results = {at: measured for at, measured in jobs.items() if measured}
+
+    def at_beta(self, beta, name="gold"):
+        """What the runs at one price measured -> {i: number}."""
+        return {i: result[name] for (b, i), result in self.results.items() if b == beta}
+
+    def curves(self, name="gold"):
+        """Of each run its points (root of the KL, what was measured), by KL -> {i: list of pairs}."""
+        curves = {}
+        for (_, i), result in self.results.items():
+            curves.setdefault(i, []).append((math.sqrt(max(result["kl"], 0)), result[name]))
+        return {i: sorted(points) for i, points in curves.items()}
+
+    def at_kl(self, name="gold", kl=AT_KL):
+        """What a run measures at this KL, between two of its own points; runs that have no points on both
+        sides are left out -> {i: number}."""
+        found = {i: interpolate(points, math.sqrt(kl)) for i, points in self.curves(name).items()}
+        return {i: value for i, value in found.items() if value is not None}
+
+
+def interpolate(points, x):
+    """The height at x of the line through points sorted by x; None outside them."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0
+    return None
+
+
+# What several claims are held against: the default run, the same watched by alarms (its first runs did not
+# count flattery), and best of n of the reference.
+DEFAULT = Arm(runs=6)
+SOUND = Arm({"preference": all_answers}, runs=6, make=alarmed)
+BEST = Arm(betas=(0.3,), runs=6, make=best_of_n)
+
+
+def without(arms, *labels):
+    """The arms but for some."""
+    return {label: arm for label, arm in arms.items() if label not in labels}
+
+
+# %% Verdicts
+
+
+@dataclass
+class Verdict:
+    """What the claim's one comparison says, by the rule at the top of this file."""
+
+    compared: str
+    differences: list  # one for each run that has both sides
+
+    @property
+    def interval(self):
+        mean, n = statistics.mean(self.differences), len(self.differences)
+        half = STUDENT_T[n - 1] * statistics.stdev(self.differences) / math.sqrt(n)
+        return mean - half, mean + half
+
+    @property
+    def p_value(self):
+        """The chance of a mean as far from 0 as this, by Student's t (Abramowitz & Stegun 26.7.3 and 4)."""
+        n = len(self.differences) - 1  # degrees of freedom
+        t = statistics.mean(self.differences) / (statistics.stdev(self.differences) / math.sqrt(n + 1))
+        sine, cosine = abs(t) / math.hypot(t, math.sqrt(n)), math.sqrt(n) / math.hypot(t, math.sqrt(n))
+        term = total = cosine if n % 2 else 1.0
+        for k in range(2 + n % 2, n - 1, 2):
+            term *= (k - 1) / k * cosine ** 2
+            total += term
+        if n % 2:
+            return 1 - 2 / math.pi * (math.asin(sine) + (sine * total if n > 1 else 0))
+        return 1 - sine * total
+
+    def __str__(self):
+        n = len(self.differences)
+        if n < 2:
+            return "cannot be told: fewer than two runs with both sides"
+        low, high = self.interval
+        return "holds" if low > 0 else "the reverse holds" if high < 0 else f"cannot be told with {n} runs"
+
+    def numbers(self):
+        if len(self.differences) < 2:
+            return "-"
+        mean, (low, high), n = statistics.mean(self.differences), self.interval, len(self.differences)
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {n} runs"
+
+
+def compare(compared, more, less):
+    """A Verdict on the claim that `more` is above `less`; both {i: number}, paired by run."""
+    return Verdict(compared, [more[i] - less[i] for i in sorted(more.keys() & less.keys())])
+
+
+# %% Runs, each a line of results.jsonl
+
+
+@dataclass
+class Job:
+    """A run that is to be made: the function, and what it is called with."""
+
+    make: Callable
+    settings: dict
+    i: int
+
+    def line(self):
+        """How results.jsonl names it, its functions by their names -> dict."""
+        settings = dict(self.settings)
+        if "preference" in settings:
+            settings["preference"] = kind_of(settings["preference"])
+        return {"how": spelled(self.make), "settings": settings, "i": self.i}
+
+    @property
+    def key(self):
+        return key(self.line())
+
+
+def key(line):
+    """What tells a run from every other, of its line in results.jsonl -> str."""
+    return json.dumps([line["how"], sorted(line["settings"].items()), line["i"]])
+
+
+def load_results():
+    """The runs that are done: key -> what was measured. A line cut short by an interruption is left out."""
+    done = {}
+    for text in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            done[key(line)] = line["measured"]
+    return done
+
+
+def work(job):
+    """Make one run, in a process of its own -> its line in results.jsonl."""
+    measured = job.make(job.i, dict(job.settings))
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in measured.items()}
+    return {**job.line(), "measured": rounded}
+
+
+def stages(jobs):
+    """What the jobs need first, as calls, so that each thing is made once and by one process -> [(name, list
+    of (function, arguments))]: pairs and labels, preference models without a flaw, the others, policies."""
+    pairs, models, policies = set(), {}, set()  # models: (i, name of the labels) -> function of the labels
+    for job in jobs:
+        i, made, labels = job.i, function_of(job.make), job.settings.get("preference", all_answers)
+        members = neighbours(i) if made in (ensemble, alarmed) else [i]
+        models |= {(k, kind_of(labels)): labels for k in members}
+        pairs |= set(members)
+        if made is followed or function_of(labels) is pooled:
+            pairs |= set(neighbours(i))
+        if made in (second_round, estimators):
+            policies.add((i, 0.3))
+        if made in (aged, refitted):
+            policies.add((i, job.settings["beta"]))
+    return [("labels", [(judged_pairs, i) for i in sorted(pairs)]),
+            ("preference models", [(preference_folder, i) for i in sorted({i for i, _ in models})]),
+            ("other preference models", [(preference_folder, i, models[i, kind])
+                                         for i, kind in sorted(models)]),
+            ("policies", [(trained_policy, *policy) for policy in sorted(policies)])]
+
+
+def make_runs(jobs, done, workers, file=None):
+    """Make the runs that are not done yet, a few at a time under a progress bar; each becomes a line."""
+    os.environ["TQDM_DISABLE"] = "1"  # of the workers' own bars
+    todo = [job for name, job in jobs.items() if name not in done]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads,
+                             (1,)) as pool:
+        for name, calls in [*stages(todo), ("runs", [(work, job) for job in todo])]:
+            futures = [pool.submit(*call) for call in calls]
+            try:
+                for future in tqdm(as_completed(futures), name, len(futures), disable=not futures):
+                    line = future.result()
+                    if name == "runs":
+                        done[key(line)] = line["measured"]
+                    if name == "runs" and file:
+                        file.write(json.dumps(line) + "\n")
+                        file.flush()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what was not begun would never be written
+                raise
