@@ -43,22 +43,25 @@ One example, of a reply of four tokens in a batch of longer ones. The score, whi
 value v is a forecast of the rewards from t on. What the model says at t it says after reading the prompt x
 and the tokens before t; PAD, padding, only fills the row:
 
-    t  y_t      mask   logits, value read      KL    reward               value  advantage
+    t  y_t      mask   it has read so far      KL    reward               value  advantage
     0  Run      True   x                     0.50   -0.3 * 0.50 = -0.15    0.2      0.62
     1  slowly   True   x Run                 0.00    0.00                  0.4      0.57
     2  !        True   x Run slowly         -0.10    0.03                  0.5      0.47
     3  EOS      True   x Run slowly !        0.20    1.00 - 0.06 = 0.94    0.7      0.24
     4  PAD      False  (nothing that counts)         0.00                           0.00
 
-The advantage is here the sum of the rewards from t on, less the value: at t = 1, 0.00 + 0.03 + 0.94 - 0.4.
+The advantage is here (gamma and lambda, section 8, are 1) the sum of the rewards from t on, less the value:
+at t = 1, 0.00 + 0.03 + 0.94 - 0.4. One token's KL may be below 0; its mean over replies is not.
 
 One letter per tensor axis: B batch, T response (padded on the right), P prompt (padded on the left), V
-vocabulary, D hidden size. `mask` is (B, T), True on a response's own tokens, its EOS included. It is made
-from lengths, never from ids that look like padding, so PAD may be the EOS itself. Every response has at least
-one token. What stands outside the mask, NaN included, changes nothing. KL is the Kullback-Leibler divergence,
-in nats (a nat is log2(e) bits). Scores are in points, the preference model's unit. A model's trunk is all of
-it but its head, the last linear layer. BOS is the token that begins a text for some models. Each function of
-sections 6 to 9 can be copied alone into a notebook. They take float64 too, in which the tests prove them.
+vocabulary, D hidden size. Logits, before their softmax, are a model's scores for each next token. `mask` is
+(B, T), True on a response's own tokens, its EOS included. It is made from lengths, never from ids that look
+like padding, so PAD may be the EOS itself. Every response has at least one token. What stands outside the
+mask, NaN included, changes nothing. KL is the Kullback-Leibler divergence, in nats (a nat is log2(e) bits).
+Scores are in points, the preference model's unit. A model's trunk is all of it but its head, the last linear
+layer. BOS is the token that begins a text for some models. std is a standard deviation. Each function of
+sections 6 to 9 can be copied alone into a notebook. They take float64 too, in which the tests prove them:
+`pytest -k NAME` is the proof of one.
 
     python rlaif.py                               PPO on the tiny models beside this file
     python rlaif.py --judge tiny_models/judge     the whole drawing, from the judge on
@@ -105,7 +108,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 # %% 0. Settings
 
-# Run as a command, and not in a notebook, whose kernel may set __file__ too? The default paths are beside
+# Whether this runs as a command. (A notebook's kernel may set __file__ too.) The default paths are beside
 # this file; pasted into a notebook, in its working directory.
 IS_COMMAND = (__name__ == "__main__" and "__file__" in globals()
               and os.path.realpath(sys.argv[0]) == os.path.realpath(__file__))
@@ -162,7 +165,7 @@ class Config:
     lam: float = option(1.0, "lambda of GAE: 0 trusts the values, 1 the returns (0.95: OAI)")
     whiten_advantages: bool = option(True, "bring each batch's advantages to mean 0 and std 1 (OAI)")
     # the update
-    clip: float = option(0.1, "a ratio further than this from 1 earns nothing more; inf: off (0.2: PPO)")
+    clip: float = option(0.1, "a ratio that gains earns nothing past 1 +- this; inf: off (0.2: PPO)")
     value_clip: float = option(0.2, "the same for a value, from its old one; inf: off (0.2: OAI)")
     value_coef: float = option(0.1, "weight of the value loss (OAI)")
     entropy_coef: float = option(0.0, "weight of the entropy bonus, per nat (0: OAI; PPO eq. 9)")
@@ -403,8 +406,8 @@ def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_
     orders, because small judges favour a position (Lee 2.1.1). The labels stay soft, so that a near tie
     counts as one (CAI 4.3). The spaces around a response are stripped before it is quoted. `worth`, a dict,
     is filled with what the answers say of the judge itself: the share in which it picks the `same` reply in
-    both orders, the share in which it picks the `first`, and the probability that A and B `hold` together.
-    Proof: pytest -k judge_pairs
+    both orders, the share in which it picks the `first`, and what A and B `hold` of the probability of all
+    tokens. Proof: pytest -k judge_pairs
     """
     def ask(first, second):
         questions = [JUDGE_QUESTION.format(principle=principle, turns=turns, a=a.strip(), b=b.strip())
@@ -515,10 +518,10 @@ def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size
 
     The last tenth of the pairs is held out. Labels fix differences within a prompt only; the term `centering`
     (s_a + s_b)^2 of the loss (Eisenstein) pulls each prompt's mean score to 0, so that prompts can be
-    compared; with pairs from several policies it would pull the better replies down: set it to 0. Afterwards
-    the head is divided by the std of the texts' scores, so that one preference model's points are like
-    another's; from then on sigma(s_a - s_b) is no longer the probability of the label. `micro_batch_size`
-    pairs go through the model at once. Returns a dict, all measured before the scaling: `loss` on the
+    compared. With pairs from several policies set it to 0: it would pull the better replies down. Afterwards
+    the head is divided by the std of the texts' scores, so that the points of all that are fitted here are
+    alike; from then on sigma(s_a - s_b) is no longer the probability of the label. `micro_batch_size` pairs
+    go through the model at once. Returns a dict, all measured before the scaling: `loss` on the
     held-out pairs, `train_loss` of the last epoch, and `entropy` of all labels, in nats; `accuracy` on those
     held-out pairs whose label is sure, below 0.25 or above 0.75 (NaN if none is). Raises ValueError if all
     texts score alike.
@@ -607,8 +610,8 @@ class ValueFunction(nn.Module):
     It is a baseline: a token is praised for what came of it *beyond* what was to be expected, which takes out
     of the gradient the noise of easy and hard prompts. With lambda = 1 it leaves the mean of the policy's
     gradient as it is; below that its own errors come in. One linear head on D hidden units, of the policy's
-    own trunk (`trunk` None: shared) or of a separate one that reads the same tokens. A zero head starts every
-    value at 0 (OAI).
+    own trunk (`trunk` None: shared), which the value loss then trains too, or of a separate one that reads
+    the same tokens. A zero head starts every value at 0 (OAI).
     """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
@@ -756,8 +759,8 @@ def token_logprobs(logits, tokens, temperature=1.0):
     """log pi(y_t | x, y_<t) in nats: logits (B, T, V), tokens (B, T) -> (B, T). Half precision is upcast.
 
     log softmax(logits / temperature) at the tokens. One function for the old policy, the new one and the
-    reference, so that all are the distribution that was sampled from; dividing on one side only makes the
-    ratio start away from 1. Proof: pytest -k token_logprobs
+    reference, so that all have the temperature of the sampling; dividing on one side only makes the ratio
+    start away from 1. Proof: pytest -k token_logprobs
     """
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
@@ -775,8 +778,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
     exp(-d) - 1 + d has the right mean and is never negative (Schulman). Charged in the reward, only k1 gives
-    the gradient of the KL. (In a loss k2 would, for each token alone.) Raises ValueError for another kind.
-    Proof: pytest -k kl_estimate
+    the gradient of the KL. (As a term of the loss, k2 has it, token by token.) Raises ValueError for another
+    kind. Proof: pytest -k kl_estimate
     """
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
@@ -814,12 +817,12 @@ def masked_mean(x, mask):
 def shape_rewards(scores, kl, mask, beta, level="token"):
     """The reward of each token: scores (B,), kl and mask (B, T), beta a float -> (B, T), 0 outside the mask.
 
-    The score stands on the last token, the EOS itself. beta * KL is subtracted: with level "token" each
-    token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's whole
-    KL. In both a row sums to score - beta * its KL. With "batch" all pay the mean, so a reply feels 1/B of
-    its own KL; whitened advantages remove even that (with gamma and lambda 1). Padding may be NaN. Raises
-    ValueError for another level, if scores are not (B,), and if a row of the mask has no True: its score
-    would be lost. Proof: pytest -k shape_rewards
+    The score stands on the last token (the EOS, if it ended). beta * KL is subtracted: with level "token"
+    each token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's
+    whole KL. In both a row sums to score - beta * its KL. With "batch" all pay the mean, so a reply feels 1/B
+    of its own KL, and whitening the advantages cancels that (with gamma and lambda 1). Padding may be NaN.
+    Raises ValueError for another level, if scores are not (B,), and if a row of the mask has no True: its
+    score would be lost. Proof: pytest -k shape_rewards
     """
     if scores.shape != mask.shape[:1] or not mask.any(dim=1).all():
         raise ValueError("scores must be (B,), and every row of the mask needs at least one True")
@@ -891,13 +894,14 @@ def whiten(x, mask=None):
 #
 # A step makes a token with a positive advantage more probable and one with a negative advantage less, the
 # more so the larger it is. Samples are dear, so a batch is cut into minibatches, perhaps for several epochs,
-# with a step on each. After the first step the policy is no longer the one that sampled; the ratio
-# rho = pi / pi_old corrects for that: it weighs an old sample by how often the new policy would write it.
-# That holds only near pi_old. So PPO maximises the smaller of A rho and A clip(rho), which is the pessimistic
-# one; a loss is what is minimised, so here it is the larger of their negatives. With a clip of 0.2 and A = +1
-# the ratios 0.5 0.8 1 1.2 1.5 earn 0.5 0.8 1 1.2 1.2: past the clip, going further right earns nothing, and
-# going wrong always costs. With one epoch and the default rate few ratios get that far. Advantages, old
-# values and returns are detached: they are measurements, not to be talked up by the gradient.
+# with a step on each. After the first step the policy is no longer the one that sampled; the ratio rho = pi /
+# pi_old corrects for that: it weighs an old sample by how often the new policy would write it. That holds
+# only near pi_old. So PPO maximises the smaller of A rho and A clip(rho), which is the pessimistic one; a
+# loss is what is minimised, so here it is the larger of their negatives. With a clip of 0.2 and A = +1 the
+# ratios 0.5 0.8 1 1.2 1.5 earn 0.5 0.8 1 1.2 1.2: past the clip, going further up earns nothing, and going
+# down always costs. (A value, too, is not to move far in one batch: so its larger error counts.) With one
+# epoch and the default rate few ratios get that far. Advantages, old values and returns are detached: they
+# are measurements, not to be talked up by the gradient.
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -958,7 +962,7 @@ def iterate(run):
 
 def forward(run, model, rollout, rows, value=None, with_entropy=False):
     """One pass of a model over n rows of a rollout -> logprobs, values or None, entropy or None; (n, T) each.
-    The logits, by far the largest tensor, end here: of one pass at a time."""
+    The logits, by far the largest tensor, die here, so that only one pass's are ever held."""
     r, tokens, temperature = rollout, rollout.tokens[rows], run.config.temperature
     with run.autocast():
         logits, values = response_logits(
@@ -985,8 +989,9 @@ def roll_out(run, prompts=None):
         with run.autocast():
             r.prefix_scores = run.score.prefix_scores(r)  # (B, T)
 
-    # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update. As many
-    # rows at once as there: in bfloat16 what a row gives depends on the shape of its batch.
+    # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update. Policy
+    # and reference take as many rows at once as `update` does: bfloat16 rounds by the shape of a batch, and
+    # the first KL is to be 0, the first ratio 1.
     at_once, parts = min(config.micro_batch_size, config.minibatch_size), []
     for rows in torch.arange(len(r.mask), device=run.device).split(at_once):
         logprobs, values, entropy = forward(run, run.policy, r, rows, run.value, with_entropy=True)
@@ -995,8 +1000,8 @@ def roll_out(run, prompts=None):
     r.logprobs, r.values, r.entropy, r.ref_logprobs = (torch.cat(part) for part in zip(*parts))  # (B, T) each
     r.kl = kl_estimate(r.logprobs, r.ref_logprobs, config.kl_estimator)
 
-    # 7. Rewards. The finished responses' scores are whitened, the others get a score of their own, and then
-    # comes the price of KL.
+    # 7. Rewards. The finished responses' scores are whitened, as `whiten` does it, the others get one score
+    # for all, and then comes the price of KL.
     finished = r.ended | (not r.may_end or config.missing_eos_score == math.inf)  # (B,)
     if config.whiten_scores and finished.any():
         r.score_mean = r.raw_scores[finished].mean().item()
@@ -1025,18 +1030,19 @@ def update(run, rollout, penalty=None):
     Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
     response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
     the policy maximises (points); explained_variance of the returns by the values (of one lambda only);
-    distinct, the share of different responses. Means over the minibatches: policy_loss, value_loss, ratio,
-    clip_fraction, approx_kl (old to new, nats per token), grad_norm (before it is cut); updates counts them.
+    distinct, the share of different responses. Means over the minibatches, the one that it stopped at too:
+    policy_loss, value_loss, ratio, clip_fraction, approx_kl (old to new, nats per token). Over the steps that
+    were taken, `updates` of them: grad_norm (before it is cut).
     """
     config, r = run.config, rollout
     (group,) = run.optimizer.param_groups
     group["lr"] = config.learning_rate * max(0.0, 1 - run.iteration / config.iterations)
     with run.own_random():
         epochs = [torch.randperm(len(r.mask)).to(run.device) for _ in range(config.ppo_epochs)]
-    means, grad_norms = [], []  # left on the device until the end: to read a number is to wait for it
+    means, grad_norms = [], []
     for minibatch in [rows for order in epochs for rows in order.split(config.minibatch_size)]:
         run.optimizer.zero_grad()
-        sums = torch.zeros(5, device=run.device)
+        numbers = {}
         for rows in minibatch.split(config.micro_batch_size):
             mask, old_logprobs = r.mask[rows], r.logprobs[rows]
             share = mask.sum() / r.mask[minibatch].sum()  # of the minibatch's tokens
@@ -1052,13 +1058,14 @@ def update(run, rollout, penalty=None):
             (share * loss).backward()
             ratio = torch.where(mask, logprobs.detach() - old_logprobs, 0.0).exp()
             approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
-            sums += share * torch.stack([pg_loss.detach(), v_loss.detach(), masked_mean(ratio, mask),
-                                         clip_fraction, approx_kl])
+            for name, x in {"policy_loss": pg_loss, "value_loss": v_loss, "ratio": masked_mean(ratio, mask),
+                            "clip_fraction": clip_fraction, "approx_kl": approx_kl}.items():
+                numbers[name] = numbers.get(name, 0.0) + share * x.detach()
             if not grad_norms and (ratio - 1).abs().max() > (1e-4 if config.dtype == "float32" else 0.05):
                 warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 before the first step: the "
                               "policy that is updated is not the one that sampled", stacklevel=2)
-        means.append(sums)
-        if grad_norms and sums[-1] > config.stop_kl:
+        means.append(numbers)
+        if grad_norms and numbers["approx_kl"] > config.stop_kl:
             break
         grad_norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         run.require_finite(grad_norm, "the gradient of the loss")
@@ -1068,11 +1075,10 @@ def update(run, rollout, penalty=None):
     batch = {name: x.mean().item() for name, x in r.totals().items()}
     batch["entropy"] /= batch["length"]
     errors, returns = (r.returns - r.values)[r.mask], r.returns[r.mask]
-    names = "policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl"
     metrics = {
         "iteration": run.iteration + 1, **batch, "score_std": r.score_std, "beta": run.beta,
         "objective": r.score_mean + r.score_std * (r.scores.mean().item() - run.beta * batch["kl"]),
-        **dict(zip(names, torch.stack(means).mean(dim=0).tolist())),
+        **{name: torch.stack([numbers[name] for numbers in means]).mean().item() for name in means[0]},
         "grad_norm": torch.stack(grad_norms).mean().item(), "updates": len(grad_norms),
         "explained_variance": 1 - (errors.var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
         "distinct": len(set(r.responses)) / len(r.responses),
@@ -1380,7 +1386,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, run.prompts[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens, and scores of "
+        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; the scores of "
                       "others do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run
