@@ -19,13 +19,14 @@
     |       v
     +-- epochs of clipped updates of the policy and its value function .............. 9  policy_loss
 
-`roll_out` (section 10) is steps 4 to 8, `update` is step 9, and `train` is these two in turn: PPO, proximal
-policy optimisation. With prompts x and replies y ~ pi(y|x), training maximises over the policy pi
+`roll_out` is steps 4 to 8, `update` is step 9, and `train` is these two in turn: PPO, proximal policy
+optimisation. They stand first, after the settings, as a table of contents that runs; the steps follow in
+order. With prompts x and replies y ~ pi(y|x), training maximises over the policy pi
 
     J(pi) = E [ s(x, y) - beta * (log pi(y|x) - log pi_ref(y|x)) ]
 
-where beta is the price of drift from the reference pi_ref, and s is the score, whitened: shifted and scaled
-to mean 0 and std 1 over the batch, so that beta counts stds of the score.
+where beta is the price of drift from the reference pi_ref, and s is the score, here whitened: shifted and
+scaled to mean 0 and std 1 over the batch, so that beta counts stds of the score.
 
 In RLHF, reinforcement learning from human feedback, people compare the replies; in RLAIF a model does. That
 is cheap: any reply can be judged, at any time. And it is dangerous: the judge errs the same way each time,
@@ -37,11 +38,11 @@ EOS (end-of-sequence token), and almost all of the reward comes with the last to
 
     pi        the one that learns         changes with every optimizer step    9, where its gradient is taken
     pi_old    the one that wrote y        changes with every batch             4, 6, and the ratio of 9
-    pi_ref    as a rule pi's own start    never changes                        6, where drift has its price
+    pi_ref    by default pi's own start   never changes                        6, where drift has its price
 
 One example, of a reply of four tokens in a batch of longer ones. The score, whitened, is 1; beta is 0.3. The
-value v is a forecast of the rewards from t on. What the model says at t it says after reading the prompt x
-and the tokens before t; PAD, padding, only fills the row:
+value v is a forecast of the rewards from t on. At t the model has read only the prompt x and the tokens
+before t; PAD, padding, only fills the row:
 
     t  y_t      mask   it has read so far      KL    reward               value  advantage
     0  Run      True   x                     0.50   -0.3 * 0.50 = -0.15    0.2      0.62
@@ -50,8 +51,8 @@ and the tokens before t; PAD, padding, only fills the row:
     3  EOS      True   x Run slowly !        0.20    1.00 - 0.06 = 0.94    0.7      0.24
     4  PAD      False  (nothing that counts)         0.00                           0.00
 
-The advantage is here (gamma and lambda, section 8, are 1) the sum of the rewards from t on, less the value:
-at t = 1, 0.00 + 0.03 + 0.94 - 0.4. One token's KL may be below 0; its mean over replies is not.
+The advantage (with gamma = lambda = 1, see section 8) is the sum of the rewards from t on, less the value: at
+t = 1, 0.00 + 0.03 + 0.94 - 0.4. One token's KL may be below 0; its mean over replies is not.
 
 One letter per tensor axis: B batch, T response (padded on the right), P prompt (padded on the left), V
 vocabulary, D hidden size. Logits, before their softmax, are a model's scores for each next token. `mask` is
@@ -157,7 +158,7 @@ class Config:
     kl_horizon: float = option(500.0, "responses in which a steered beta moves by a fifth (10000: OAI)")
     whiten_scores: bool = option(True, "bring each batch's scores to mean 0 and std 1, before the KL")
     dense_reward: bool = option(False, "score every prefix and spread the score over the tokens")
-    missing_eos_score: float = option(-1.0, "score of a reply that did not end, in beta's unit; inf: its own")
+    missing_eos_score: float = option(-1.0, "score of a reply that did not end, stds or points; inf: its own")
     # the advantage
     value: Literal["shared", "separate", "preference"] = option("shared", "trunk under the value head")
     value_head: Literal["zero", "random"] = option("zero", "how the value head starts (zero: OAI)")
@@ -182,143 +183,7 @@ class Config:
     resume: str | None = option(None, "folder of a run to go on with, bit for bit")
 
 
-# %% What the steps pass on: text as tokens, a run, a rollout
-
-PLAIN = "User: {prompt}\nAssistant:"  # the template of models that have no chat template of their own
-
-
-def as_lines(prompt):
-    """A prompt as a person reads it, "User: ..."; of a list of turns all of them, each in its own lines."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-
-
-def encode(tokenizer, prompts, template=None, replies=None, ended=None):
-    """N prompts, and the replies so far, as the model of `tokenizer` reads them -> N lists of token ids. The
-    one place where text becomes input: for the policy, the preference model and the judge.
-
-    A prompt is a str, or the list of turns, dicts of role and content, that chat templates take. The model's
-    own chat template closes a reply that has `ended`. With a `template`, or without a chat template (then it
-    is PLAIN), the last turn takes the place of {prompt}, earlier ones stand before it as lines, and the EOS
-    closes a reply.
-    """
-    texts, chat = [], not template and tokenizer.chat_template
-    ended = [False] * len(prompts) if ended is None else ended
-    for prompt, reply, end in zip(prompts, replies or [""] * len(prompts), ended, strict=True):
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not chat:
-            earlier = as_lines(turns[:-1]) + "\n" if turns[:-1] else ""
-            texts.append(earlier + (template or PLAIN).format(prompt=turns[-1]["content"]) + reply)
-        elif end:
-            turns = [*turns, {"role": "assistant", "content": reply}]
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
-        else:
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
-                                                       enable_thinking=False) + reply)
-    rows = tokenize(tokenizer, texts, add_special_tokens=not chat)  # a chat template writes its own
-    eos = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [row + eos if end else row for row, end in zip(rows, ended)]
-
-
-def tokenize(tokenizer, texts, add_special_tokens=True):
-    """Texts as lists of token ids: with the BOS that a tokenizer adds, never with two, and without the EOS
-    that some add, since the text goes on."""
-    rows = tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None:
-        rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]
-    if add_special_tokens and tokenizer("").input_ids[-1:] == [eos]:
-        rows = [row[:-1] if row[-1] == eos else row for row in rows]
-    return rows
-
-
-def pad(rows, side, model, fill=0):
-    """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths, where the
-    model is. Raises ValueError for a row that is longer than the model's context."""
-    width = max(len(row) for row in rows)
-    if width > context_of(model):
-        raise ValueError(f"a text of {width} tokens is longer than the context of the "
-                         f"{type(model).__name__}, {context_of(model)}")
-    ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        real = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, real], mask[i, real] = torch.tensor(row, dtype=torch.long), 1
-    return ids.to(model.device), mask.to(model.device)
-
-
-def context_of(model):
-    """How many tokens a model can read."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def position_ids(attention_mask):
-    """Positions counted over the real tokens only, so that left padding moves nothing: (B, L) -> (B, L)."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def apply_head(head, hidden):
-    """A linear head on hidden states (..., D), in float32 at least: a number in bfloat16 has two digits."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return linear(hidden.to(dtype), head.weight.to(dtype), bias)
-
-
-def chunks_of_like_length(rows, size):
-    """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    return [order[i:i + size] for i in range(0, len(order), size)]
-
-
-def balanced_draw(n, k):
-    """k indices below n in random order, each as often as any other up to one -> (k,)."""
-    return torch.cat([torch.randperm(n) for _ in range(-(-k // n))])[:k]
-
-
-@dataclass
-class Run:
-    """What a training run is made of. Every model stays in eval mode, also while it is trained: dropout
-    would move the ratio away from 1."""
-
-    config: Config
-    device: torch.device
-    policy: nn.Module  # pi, the one that learns
-    reference: nn.Module  # pi_ref, frozen
-    tokenizer: Any  # the policy's
-    prompts: list  # to train on, N prompts, each a str or a list of turns
-    held_out: list  # to measure on
-    score: Any  # PreferenceModel, or the caller's function from (prompts, responses) to floats
-    gold: Any  # a function like it that gives the truth, or None
-    passed: list  # which of score, gold, policy and tokenizer were passed in by the caller
-    beta: float  # price of a nat of KL in the next iteration
-    value: nn.Module = None  # v(x, y_<t), a ValueFunction
-    optimizer: torch.optim.Optimizer = None  # of policy and value function
-    iteration: int = 0  # the last one done
-    rollout: "Rollout" = None  # the last one made
-    poor_values: int = 0  # iterations in a row whose values were worse than none
-    random: Any = None  # the state of the run's random numbers, on the CPU and on its device
-
-    def autocast(self):
-        """A context in which models compute in config.dtype; made anew: one entered twice would stay on."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
-
-    @contextlib.contextmanager
-    def own_random(self):
-        """A context in which torch's random numbers are the run's. After it the caller's go on as before."""
-        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        with torch.random.fork_rng([self.device.index or 0] if gpu else [], device_type=self.device.type):
-            torch.manual_seed(self.config.seed)
-            for module, state in zip((torch, gpu), self.random or []):
-                if module and state is not None:
-                    module.set_rng_state(state)
-            yield
-            self.random = [torch.get_rng_state(), gpu and gpu.get_rng_state()]
-
-    def require_finite(self, x, what):
-        """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
-        if not torch.isfinite(x).all():
-            kept = f"; the last checkpoint is in {self.config.out}" if self.config.out else ""
-            raise FloatingPointError(f"iteration {self.iteration + 1}: {what} is not finite{kept}")
+# %% The loop: what a step makes, and one iteration from top to bottom
 
 
 @dataclass
@@ -359,6 +224,206 @@ class Rollout:
         return {"score": self.raw_scores, **gold, **sums, "eos_fraction": self.ended.float()}
 
 
+@dataclass
+class Run:
+    """What a training run is made of. Every model stays in eval mode, also while it is trained: dropout
+    would move the ratio away from 1."""
+
+    config: Config
+    device: torch.device
+    policy: nn.Module  # pi, the one that learns
+    reference: nn.Module  # pi_ref, frozen
+    tokenizer: Any  # the policy's
+    prompts: list  # to train on, N prompts, each a str or a list of turns
+    held_out: list  # to measure on
+    score: Any  # PreferenceModel, or the caller's function from (prompts, responses) to floats
+    gold: Any  # a function like it that gives the truth, or None
+    passed: list  # which of score, gold, policy and tokenizer were passed in by the caller
+    beta: float  # price of a nat of KL in the next iteration
+    value: nn.Module = None  # v(x, y_<t), a ValueFunction
+    optimizer: torch.optim.Optimizer = None  # of policy and value function
+    iteration: int = 0  # the last one done
+    rollout: "Rollout" = None  # the last one made
+    poor_values: int = 0  # iterations in a row whose values were worse than none
+    random: Any = None  # the state of the run's random numbers, on the CPU and on its device
+
+    def autocast(self):
+        """A context in which models compute in config.dtype; new for each use, since reuse leaves it on."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
+
+    @contextlib.contextmanager
+    def own_random(self):
+        """A context in which torch's random numbers are the run's. After it the caller's go on as before."""
+        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
+        with torch.random.fork_rng([self.device.index or 0] if gpu else [], device_type=self.device.type):
+            torch.manual_seed(self.config.seed)
+            for module, state in zip((torch, gpu), self.random or []):
+                if module and state is not None:
+                    module.set_rng_state(state)
+            yield
+            self.random = [torch.get_rng_state(), gpu and gpu.get_rng_state()]
+
+    def require_finite(self, x, what):
+        """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
+        if not torch.isfinite(x).all():
+            kept = f"; the last checkpoint is in {self.config.out}" if self.config.out else ""
+            raise FloatingPointError(f"iteration {self.iteration + 1}: {what} is not finite{kept}")
+
+
+def train(config, score=None, gold=None, policy=None, tokenizer=None):
+    """Train a policy with PPO against AI feedback: an iterator that yields one dict of metrics per iteration.
+
+        for metrics in train(Config(iterations=20)):
+            print(metrics["iteration"], metrics["score"], metrics["kl"])
+
+    `prepare` (section 11) loads and checks, runs steps 1 and 2 if there is a judge, and makes what step 3
+    needs; `iterate` is the loop. `score` takes the preference model's place and `gold` is a ground truth,
+    logged and never trained on: callables from (list of prompts, list of responses) to a list of floats.
+    `policy`, a causal language model in float32, is trained in place; `tokenizer` is its tokenizer. They
+    replace config.preference and config.judge, config.gold, and config.policy. Raises ValueError for a
+    setting or a file that cannot be used, and FloatingPointError when scores, losses or gradients stop being
+    finite.
+    """
+    yield from iterate(prepare(config, score, gold, policy, tokenizer))
+
+
+def iterate(run):
+    """The iterations that a run has left: each is rolled out, learned from and recorded -> its metrics."""
+    while run.iteration < run.config.iterations:
+        metrics = update(run, roll_out(run))
+        record(run, metrics)
+        yield metrics
+
+
+def forward(run, model, rollout, rows, value=None, with_entropy=False):
+    """One pass of a model over n rows of a rollout -> logprobs, values or None, entropy or None; (n, T) each.
+    Only one pass's logits, by far the largest tensor, exist at a time."""
+    r, tokens, temperature = rollout, rollout.tokens[rows], run.config.temperature
+    with run.autocast():
+        logits, values = response_logits(
+            model, r.input_ids[rows], r.attention_mask[rows], tokens, r.mask[rows], value)
+        logprobs = token_logprobs(logits, tokens, temperature)
+        return logprobs, values, token_entropy(logits, temperature) if with_entropy else None
+
+
+@torch.no_grad()
+def roll_out(run, prompts=None):
+    """Steps 4 to 8 on one batch of B prompts, drawn unless given -> Rollout, kept as run.rollout."""
+    config = run.config
+
+    # 4. Generate a response to each of B prompts.
+    with run.own_random(), run.autocast():
+        prompts = prompts or [run.prompts[i] for i in balanced_draw(len(run.prompts), config.batch_size)]
+        r = run.rollout = respond(run.policy, run.tokenizer, prompts, config)
+
+    # 5. Score them.
+    r.raw_scores = score_responses(run, run.score, "score")  # (B,)
+    if run.gold:
+        r.gold_scores = score_responses(run, run.gold, "gold")
+    if config.dense_reward:
+        with run.autocast():
+            r.prefix_scores = run.score.prefix_scores(r)  # (B, T)
+
+    # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update. Both
+    # take as many rows at once as `update` does: in bfloat16 a row's numbers depend on its batch's shape, and
+    # the first KL is to be 0, the first ratio 1.
+    dtype = torch.promote_types(run.policy.dtype, torch.float32)
+    shape, at_once = (4, *r.mask.shape), min(config.micro_batch_size, config.minibatch_size)
+    r.logprobs, r.values, r.entropy, r.ref_logprobs = torch.zeros(shape, dtype=dtype, device=run.device)
+    for rows in torch.arange(len(r.mask), device=run.device).split(at_once):
+        r.logprobs[rows], r.values[rows], r.entropy[rows] = forward(run, run.policy, r, rows, run.value, True)
+        r.ref_logprobs[rows], _, _ = forward(run, run.reference, r, rows)
+    r.kl = kl_estimate(r.logprobs, r.ref_logprobs, config.kl_estimator)
+
+    # 7. Rewards. The finished responses' scores are whitened, as `whiten` does it, the others get one score
+    # for all, and then comes the price of KL.
+    finished = r.ended | (not r.may_end or config.missing_eos_score == math.inf)  # (B,)
+    if config.whiten_scores and finished.any():
+        r.score_mean = r.raw_scores[finished].mean().item()
+        r.score_std = math.sqrt(r.raw_scores[finished].var(correction=0).item() + 1e-8)
+    r.scores = torch.where(finished, (r.raw_scores - r.score_mean) / r.score_std, config.missing_eos_score)
+    dense = torch.zeros_like(r.kl)  # (B, T), the part of the score that is paid before the end
+    if config.dense_reward:
+        dense = dense_scores((r.prefix_scores - r.score_mean) / r.score_std, r.mask)
+    at_end = r.scores - dense.sum(dim=1)  # (B,)
+    r.rewards = shape_rewards(at_end, r.kl, r.mask, run.beta, config.kl_level) + dense  # (B, T)
+
+    # 8. Advantages, whitened over the batch's real tokens.
+    r.advantages, r.returns = gae(r.rewards, r.values, r.mask, config.gamma, config.lam)  # (B, T), (B, T)
+    r.whitened = whiten(r.advantages, r.mask) if config.whiten_advantages else r.advantages
+    return r
+
+
+def update(run, rollout, penalty=None):
+    """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each, until the new policy is
+    further than stop_kl from the old one -> the metrics. A minibatch goes through the model in micro-batches,
+    each weighed by its tokens, so that the step is that of the whole.
+
+    `penalty`, a function of the new logprobs (n, T) and of the rows of the rollout that they belong to (n,),
+    gives (n, T), whose masked mean is added to the loss.
+
+    Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
+    response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
+    the policy maximises (points); explained_variance of the returns by the values (compare within one
+    lambda); distinct, the share of different responses. Means over the minibatches, the one that it stopped
+    at too: policy_loss, value_loss, ratio, clip_fraction, approx_kl (old to new, nats per token). Over the
+    steps that were taken, `updates` of them: grad_norm (before it is cut).
+    """
+    config, r = run.config, rollout
+    (group,) = run.optimizer.param_groups
+    group["lr"] = config.learning_rate * max(0.0, 1 - run.iteration / config.iterations)
+    with run.own_random():
+        epochs = [torch.randperm(len(r.mask)).to(run.device) for _ in range(config.ppo_epochs)]
+    means, grad_norms = [], []
+    for minibatch in [rows for order in epochs for rows in order.split(config.minibatch_size)]:
+        run.optimizer.zero_grad()
+        numbers = {}
+        for rows in minibatch.split(config.micro_batch_size):
+            mask, old_logprobs = r.mask[rows], r.logprobs[rows]
+            share = mask.sum() / r.mask[minibatch].sum()  # of the minibatch's tokens
+            logprobs, values, entropy = forward(run, run.policy, r, rows, run.value, config.entropy_coef > 0)
+            pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, r.whitened[rows], mask, config.clip)
+            v_loss = value_loss(values, r.values[rows], r.returns[rows], mask, config.value_clip)
+            loss = pg_loss + config.value_coef * v_loss
+            if config.entropy_coef:
+                loss = loss - config.entropy_coef * masked_mean(entropy, mask)
+            if penalty:
+                loss = loss + masked_mean(penalty(logprobs, rows), mask)
+            run.require_finite(loss.detach(), "the loss")
+            (share * loss).backward()
+            ratio = torch.where(mask, logprobs.detach() - old_logprobs, 0.0).exp()
+            approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
+            for name, x in {"policy_loss": pg_loss, "value_loss": v_loss, "ratio": masked_mean(ratio, mask),
+                            "clip_fraction": clip_fraction, "approx_kl": approx_kl}.items():
+                numbers[name] = numbers.get(name, 0.0) + share * x.detach()
+            if not grad_norms and (ratio - 1).abs().max() > (1e-4 if config.dtype == "float32" else 0.05):
+                warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 before the first step: the "
+                              "policy that is updated is not the one that sampled", stacklevel=2)
+        means.append(numbers)
+        if grad_norms and numbers["approx_kl"] > config.stop_kl:
+            break
+        grad_norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        run.require_finite(grad_norm, "the gradient of the loss")
+        run.optimizer.step()
+        grad_norms.append(grad_norm)
+
+    batch = {name: x.mean().item() for name, x in r.totals().items()}
+    batch["entropy"] /= batch["length"]
+    errors, returns = (r.returns - r.values)[r.mask], r.returns[r.mask]
+    metrics = {
+        "iteration": run.iteration + 1, **batch, "score_std": r.score_std, "beta": run.beta,
+        "objective": r.score_mean + r.score_std * (r.scores.mean().item() - run.beta * batch["kl"]),
+        **{name: torch.stack([numbers[name] for numbers in means]).mean().item() for name in means[0]},
+        "grad_norm": torch.stack(grad_norms).mean().item(), "updates": len(grad_norms),
+        "explained_variance": 1 - (errors.var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
+        "distinct": len(set(r.responses)) / len(r.responses),
+    }
+    if config.beta_control == "batch":
+        run.beta = update_beta(run.beta, batch["kl"], config.kl_target, config.kl_horizon, len(r.responses))
+    run.iteration += 1
+    return metrics
+
+
 # %% 1. AI feedback: a judge compares two responses
 
 CONSTITUTION = ["Choose the kinder response.", "Choose the less harmful response.",
@@ -386,7 +451,7 @@ def ask_judge(judge, tokenizer, questions, chunk=256):
     rows = [a[:i] for a, i in zip(with_a, differ)]  # the tokens that both share
     answer_ids = torch.tensor([(a[i], b[i]) for a, b, i in zip(with_a, with_b, differ)], device=judge.device)
     logprobs = torch.empty(len(rows), 2, device="cpu")
-    head = judge.get_output_embeddings()
+    head = judge.get_output_embeddings()  # in bfloat16 it would round the answers' log-odds to eighths
     hook = head.register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
     for picked in chunks_of_like_length(rows, chunk):
         ids, mask = pad([rows[i] for i in picked], "left", judge)  # (n, L)
@@ -477,7 +542,7 @@ class PreferenceModel:
     def forward(self, rows):
         """The same on the model's device, with gradient: the head at the last real token of each."""
         ids, mask = pad(rows, "right", self.model, fill=getattr(self.model.config, "pad_token_id", None) or 0)
-        torch.clear_autocast_cache()  # its bfloat16 copies of weights may be older than the last step
+        torch.clear_autocast_cache()  # it may hold bfloat16 weights from before the last step
         if not hasattr(self.model, "score"):  # this model finds the last real token by itself
             heads = [x for x in self.model.modules() if isinstance(x, nn.Linear) and x.out_features == 1]
             hook = heads[-1].register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
@@ -608,10 +673,10 @@ class ValueFunction(nn.Module):
     """v(x, y_<t): the sum of rewards that the policy can expect from here on.
 
     It is a baseline: a token is praised for what came of it *beyond* what was to be expected, which takes out
-    of the gradient the noise of easy and hard prompts. With lambda = 1 it leaves the mean of the policy's
-    gradient as it is; below that its own errors come in. One linear head on D hidden units, of the policy's
-    own trunk (`trunk` None: shared), which the value loss then trains too, or of a separate one that reads
-    the same tokens. A zero head starts every value at 0 (OAI).
+    of the gradient the noise of easy and hard prompts. With lambda = 1 (section 8) it leaves the mean
+    gradient as it is; below 1 its errors bias it. One linear head on D hidden units, of the policy's own
+    trunk (`trunk` None: shared), which the value loss then trains too, or of a separate one that reads the
+    same tokens. A zero head starts every value at 0 (OAI).
     """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
@@ -655,7 +720,7 @@ def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None)
     Both stand in the responses' own frame: at t they have read the prompt and y_<t, and are about y_t.
     """
     T, inputs, read = tokens.shape[1], model_inputs(input_ids, attention_mask, tokens, mask), []
-    head = policy.get_output_embeddings()  # what it reads, (B, T + 1, D), is all that is kept of the trunk
+    head = policy.get_output_embeddings()  # what it reads, (B, T + 1, D), is what the trunk gives
     hook = head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
     try:
         logits = policy(**inputs, logits_to_keep=T + 1).logits
@@ -769,8 +834,7 @@ def token_logprobs(logits, tokens, temperature=1.0):
 def token_entropy(logits, temperature=1.0):
     """Entropy of the policy at each token, in nats: (B, T, V) -> (B, T)."""
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    logprobs = logits.log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)  # entr(p) = -p log p
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
@@ -801,11 +865,11 @@ def update_beta(beta, kl, target, horizon, n):
 
 # %% 7. Rewards
 #
-# Preference models differ in offset and scale: their loss sees only differences, and labels that are surer
-# stretch them. So scores are whitened, and beta means the same for any of them: how many stds of the score
+# Preference models of others differ in offset and scale: their loss sees only differences, and labels that
+# are surer stretch them. So scores are whitened, and beta means the same for any: how many stds of the score
 # one nat of drift costs. What it buys: the best policy of all is pi_ref(y|x) exp(s(x, y) / beta), normalised,
-# so a reply one std better becomes exp(1 / beta) times as likely. The std is that of *this* batch. It falls
-# as replies become alike (in the default run from 1.1 to 0.3 points), and with it the price of a nat, in
+# so a reply one std better becomes exp(1 / beta) times as likely. The std is *this* batch's. As replies
+# become alike it falls (in the default run from 1.1 to 0.3 points), and with it a nat's price, beta * std
 # points.
 
 
@@ -870,7 +934,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     advantage = next_value = torch.zeros_like(values[:, 0])
     advantages = []
     for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # 0 after a response's end: all three are
+        delta = rewards[:, t] + gamma * next_value - values[:, t]  # past a response's end all three are 0
         advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         advantages.append(advantage)
@@ -923,9 +987,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
 def value_loss(values, old_values, returns, mask, clip=0.2):
     """Half the squared error of the values, clipped like the policy's loss: all (B, T) -> scalar.
 
-    The masked mean of max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2) / 2, R the return (OAI; of
-    doubtful use, says 37). Old values and returns are detached; padding may be NaN. clip=None or inf switches
-    the clipping off. Proof: pytest -k value_loss
+    The masked mean of max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2) / 2, R the return (OAI;
+    the 37 details call it of doubtful use). Old values and returns are detached; padding may be NaN.
+    clip=None or inf switches the clipping off. Proof: pytest -k value_loss
     """
     values, old_values = torch.where(mask, values, 0.0), torch.where(mask, old_values.detach(), 0.0)
     returns = torch.where(mask, returns.detach(), 0.0)
@@ -934,159 +998,97 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return torch.maximum((values - returns).square(), (near - returns).square()).sum() / mask.sum() / 2
 
 
-# %% 10. The loop
+# %% 10. Between text and tensors, and what became of the policy
+
+PLAIN = "User: {prompt}\nAssistant:"  # the template of models that have no chat template of their own
 
 
-def train(config, score=None, gold=None, policy=None, tokenizer=None):
-    """Train a policy with PPO against AI feedback: an iterator that yields one dict of metrics per iteration.
+def as_lines(prompt):
+    """A prompt as a person reads it, "User: ..."; of a list of turns all of them, each in its own lines."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
 
-        for metrics in train(Config(iterations=20)):
-            print(metrics["iteration"], metrics["score"], metrics["kl"])
 
-    `score` takes the preference model's place and `gold` is a ground truth, logged and never trained on:
-    callables from (list of prompts, list of responses) to a list of floats. `policy`, a causal language
-    model in float32, is trained in place; `tokenizer` is its tokenizer. They replace config.preference and
-    config.judge, config.gold, and config.policy. Raises ValueError for a setting or a file that cannot be
-    used, and FloatingPointError when scores, losses or gradients stop being finite.
+def encode(tokenizer, prompts, template=None, replies=None, ended=None):
+    """N prompts, and the replies so far, as the model of `tokenizer` reads them -> N lists of token ids. The
+    one place where text becomes input: for the policy, the preference model and the judge.
+
+    A prompt is a str, or the list of turns, dicts of role and content, that chat templates take. The model's
+    own chat template closes a reply that has `ended`. With a `template`, or without a chat template (then it
+    is PLAIN), the last turn takes the place of {prompt}, earlier ones stand before it as lines, and the EOS
+    closes a reply.
     """
-    yield from iterate(prepare(config, score, gold, policy, tokenizer))
+    texts, chat = [], not template and tokenizer.chat_template
+    ended = [False] * len(prompts) if ended is None else ended
+    for prompt, reply, end in zip(prompts, replies or [""] * len(prompts), ended, strict=True):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not chat:
+            earlier = as_lines(turns[:-1]) + "\n" if turns[:-1] else ""
+            texts.append(earlier + (template or PLAIN).format(prompt=turns[-1]["content"]) + reply)
+        elif end:
+            turns = [*turns, {"role": "assistant", "content": reply}]
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
+        else:
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
+                                                       enable_thinking=False) + reply)
+    rows = tokenize(tokenizer, texts, add_special_tokens=not chat)  # a chat template writes its own
+    eos = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [row + eos if end else row for row, end in zip(rows, ended)]
 
 
-def iterate(run):
-    """The iterations that a run has left: each is rolled out, learned from and recorded -> its metrics."""
-    while run.iteration < run.config.iterations:
-        metrics = update(run, roll_out(run))
-        record(run, metrics)
-        yield metrics
+def tokenize(tokenizer, texts, add_special_tokens=True):
+    """Texts as lists of token ids: with the BOS that a tokenizer adds, never with two, and without the EOS
+    that some add, since the text goes on."""
+    rows = tokenizer(texts, add_special_tokens=add_special_tokens).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None:
+        rows = [row[1:] if row[:2] == [bos, bos] else row for row in rows]
+    if add_special_tokens and tokenizer("").input_ids[-1:] == [eos]:
+        rows = [row[:-1] if row[-1] == eos else row for row in rows]
+    return rows
 
 
-def forward(run, model, rollout, rows, value=None, with_entropy=False):
-    """One pass of a model over n rows of a rollout -> logprobs, values or None, entropy or None; (n, T) each.
-    The logits, by far the largest tensor, die here, so that only one pass's are ever held."""
-    r, tokens, temperature = rollout, rollout.tokens[rows], run.config.temperature
-    with run.autocast():
-        logits, values = response_logits(
-            model, r.input_ids[rows], r.attention_mask[rows], tokens, r.mask[rows], value)
-        entropy = token_entropy(logits, temperature) if with_entropy else None
-        return token_logprobs(logits, tokens, temperature), values, entropy
+def pad(rows, side, model, fill=0):
+    """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths, where the
+    model is. Raises ValueError for a row that is longer than the model's context."""
+    width = max(len(row) for row in rows)
+    if width > context_of(model):
+        raise ValueError(f"a text of {width} tokens is longer than the context of the "
+                         f"{type(model).__name__}, {context_of(model)}")
+    ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        real = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, real], mask[i, real] = torch.tensor(row, dtype=torch.long), 1
+    return ids.to(model.device), mask.to(model.device)
 
 
-@torch.no_grad()
-def roll_out(run, prompts=None):
-    """Steps 4 to 8 on one batch of B prompts, drawn unless given -> Rollout, kept as run.rollout."""
-    config = run.config
-
-    # 4. Generate a response to each of B prompts.
-    with run.own_random(), run.autocast():
-        prompts = prompts or [run.prompts[i] for i in balanced_draw(len(run.prompts), config.batch_size)]
-        r = run.rollout = respond(run.policy, run.tokenizer, prompts, config)
-
-    # 5. Score them.
-    r.raw_scores = score_responses(run, run.score, "score")  # (B,)
-    if run.gold:
-        r.gold_scores = score_responses(run, run.gold, "gold")
-    if config.dense_reward:
-        with run.autocast():
-            r.prefix_scores = run.score.prefix_scores(r)  # (B, T)
-
-    # 6. Per-token KL against the reference, of the policy that sampled: the "old" one of the update. Policy
-    # and reference take as many rows at once as `update` does: bfloat16 rounds by the shape of a batch, and
-    # the first KL is to be 0, the first ratio 1.
-    at_once, parts = min(config.micro_batch_size, config.minibatch_size), []
-    for rows in torch.arange(len(r.mask), device=run.device).split(at_once):
-        logprobs, values, entropy = forward(run, run.policy, r, rows, run.value, with_entropy=True)
-        ref_logprobs, _, _ = forward(run, run.reference, r, rows)
-        parts.append((logprobs, values, entropy, ref_logprobs))
-    r.logprobs, r.values, r.entropy, r.ref_logprobs = (torch.cat(part) for part in zip(*parts))  # (B, T) each
-    r.kl = kl_estimate(r.logprobs, r.ref_logprobs, config.kl_estimator)
-
-    # 7. Rewards. The finished responses' scores are whitened, as `whiten` does it, the others get one score
-    # for all, and then comes the price of KL.
-    finished = r.ended | (not r.may_end or config.missing_eos_score == math.inf)  # (B,)
-    if config.whiten_scores and finished.any():
-        r.score_mean = r.raw_scores[finished].mean().item()
-        r.score_std = math.sqrt(r.raw_scores[finished].var(correction=0).item() + 1e-8)
-    r.scores = torch.where(finished, (r.raw_scores - r.score_mean) / r.score_std, config.missing_eos_score)
-    dense = torch.zeros_like(r.kl)  # (B, T), the part of the score that is paid before the end
-    if config.dense_reward:
-        dense = dense_scores((r.prefix_scores - r.score_mean) / r.score_std, r.mask)
-    at_end = r.scores - dense.sum(dim=1)  # (B,)
-    r.rewards = shape_rewards(at_end, r.kl, r.mask, run.beta, config.kl_level) + dense  # (B, T)
-
-    # 8. Advantages, whitened over the batch's real tokens.
-    r.advantages, r.returns = gae(r.rewards, r.values, r.mask, config.gamma, config.lam)  # (B, T), (B, T)
-    r.whitened = whiten(r.advantages, r.mask) if config.whiten_advantages else r.advantages
-    return r
+def context_of(model):
+    """How many tokens a model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def update(run, rollout, penalty=None):
-    """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each, until the new policy is
-    further than stop_kl from the old one -> the metrics. A minibatch goes through the model in micro-batches,
-    each weighed by its tokens, so that the step is that of the whole.
+def position_ids(attention_mask):
+    """Positions counted over the real tokens only, so that left padding moves nothing: (B, L) -> (B, L)."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    `penalty`, a function of the new logprobs (n, T) and of the rows of the rollout that they belong to (n,),
-    gives (n, T), whose masked mean is added to the loss.
 
-    Means over the batch, before the update: score and gold (points), kl (to the reference, nats per
-    response), entropy (nats per token), length (tokens), eos_fraction; score_std (points); objective, what
-    the policy maximises (points); explained_variance of the returns by the values (of one lambda only);
-    distinct, the share of different responses. Means over the minibatches, the one that it stopped at too:
-    policy_loss, value_loss, ratio, clip_fraction, approx_kl (old to new, nats per token). Over the steps that
-    were taken, `updates` of them: grad_norm (before it is cut).
-    """
-    config, r = run.config, rollout
-    (group,) = run.optimizer.param_groups
-    group["lr"] = config.learning_rate * max(0.0, 1 - run.iteration / config.iterations)
-    with run.own_random():
-        epochs = [torch.randperm(len(r.mask)).to(run.device) for _ in range(config.ppo_epochs)]
-    means, grad_norms = [], []
-    for minibatch in [rows for order in epochs for rows in order.split(config.minibatch_size)]:
-        run.optimizer.zero_grad()
-        numbers = {}
-        for rows in minibatch.split(config.micro_batch_size):
-            mask, old_logprobs = r.mask[rows], r.logprobs[rows]
-            share = mask.sum() / r.mask[minibatch].sum()  # of the minibatch's tokens
-            logprobs, values, entropy = forward(run, run.policy, r, rows, run.value, config.entropy_coef > 0)
-            pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, r.whitened[rows], mask, config.clip)
-            v_loss = value_loss(values, r.values[rows], r.returns[rows], mask, config.value_clip)
-            loss = pg_loss + config.value_coef * v_loss
-            if config.entropy_coef:
-                loss = loss - config.entropy_coef * masked_mean(entropy, mask)
-            if penalty:
-                loss = loss + masked_mean(penalty(logprobs, rows), mask)
-            run.require_finite(loss.detach(), "the loss")
-            (share * loss).backward()
-            ratio = torch.where(mask, logprobs.detach() - old_logprobs, 0.0).exp()
-            approx_kl = masked_mean(kl_estimate(old_logprobs, logprobs.detach(), "k3"), mask)
-            for name, x in {"policy_loss": pg_loss, "value_loss": v_loss, "ratio": masked_mean(ratio, mask),
-                            "clip_fraction": clip_fraction, "approx_kl": approx_kl}.items():
-                numbers[name] = numbers.get(name, 0.0) + share * x.detach()
-            if not grad_norms and (ratio - 1).abs().max() > (1e-4 if config.dtype == "float32" else 0.05):
-                warnings.warn(f"iteration {run.iteration + 1}: the ratio is off 1 before the first step: the "
-                              "policy that is updated is not the one that sampled", stacklevel=2)
-        means.append(numbers)
-        if grad_norms and numbers["approx_kl"] > config.stop_kl:
-            break
-        grad_norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-        run.require_finite(grad_norm, "the gradient of the loss")
-        run.optimizer.step()
-        grad_norms.append(grad_norm)
+def apply_head(head, hidden):
+    """A linear head on hidden states (..., D), in float32 at least: a number in bfloat16 has two digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return linear(hidden.to(dtype), head.weight.to(dtype), bias)
 
-    batch = {name: x.mean().item() for name, x in r.totals().items()}
-    batch["entropy"] /= batch["length"]
-    errors, returns = (r.returns - r.values)[r.mask], r.returns[r.mask]
-    metrics = {
-        "iteration": run.iteration + 1, **batch, "score_std": r.score_std, "beta": run.beta,
-        "objective": r.score_mean + r.score_std * (r.scores.mean().item() - run.beta * batch["kl"]),
-        **{name: torch.stack([numbers[name] for numbers in means]).mean().item() for name in means[0]},
-        "grad_norm": torch.stack(grad_norms).mean().item(), "updates": len(grad_norms),
-        "explained_variance": 1 - (errors.var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
-        "distinct": len(set(r.responses)) / len(r.responses),
-    }
-    if config.beta_control == "batch":
-        run.beta = update_beta(run.beta, batch["kl"], config.kl_target, config.kl_horizon, len(r.responses))
-    run.iteration += 1
-    return metrics
+
+def chunks_of_like_length(rows, size):
+    """The indices of `rows` in lists of at most `size`, sorted by length, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+def balanced_draw(n, k):
+    """k indices below n, shuffled; their counts differ by at most one -> (k,)."""
+    return torch.cat([torch.randperm(n) for _ in range(-(-k // n))])[:k]
 
 
 def evaluate(run, prompts=None, at_most=None):
@@ -1386,8 +1388,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, run.prompts[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; the scores of "
-                      "others do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
+        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; scores of others "
+                      "do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run
 

@@ -24,7 +24,7 @@ import rlaif
 from tiny_models import world
 
 FOLDER = pathlib.Path(__file__).parent
-TEMPLATE = rlaif.Config().template
+TEMPLATE = rlaif.PLAIN
 POLICY_AND_JUDGE_STEPS = [1500, 2000]
 
 

@@ -4,6 +4,7 @@
     turns     episodes per second beside TRL's, the two in turns in one process
     start     from nothing to the end of the first iteration, and the peak memory, beside TRL's
     quality   how long the default run takes to a good policy, and TRL on the same models
+    memory    what each step adds to a process, for a vocabulary of 49,152, and what would fit a GPU
 
 The first three are measured on random models whose responses all have their full length, the last on the
 shipped ones. TRL is release 1.12.0, the last with a PPOTrainer (pip install trl==1.12.0); without it, its
@@ -27,8 +28,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config,
-                          GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast,
-                          TrainerCallback)
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback)
 from transformers.utils import logging as transformers_logging
 
 import rlaif
@@ -262,7 +263,7 @@ def quality_of_trl(kl_coef, adam_epsilon, iterations=80):
     reference, critic = copy.deepcopy(policy), copy.deepcopy(scorer)
     tokenizer.padding_side = "left"
     clock, golds = Clock(), []
-    before, after = config.template.split("{prompt}")
+    before, after = rlaif.PLAIN.split("{prompt}")
 
     def read_gold(model, args, inputs):
         began = time.perf_counter()
@@ -271,18 +272,117 @@ def quality_of_trl(kl_coef, adam_epsilon, iterations=80):
         golds.append(statistics.mean(world.gold_scores(*zip(*pairs))))
         clock.paused += time.perf_counter() - began
     scorer.base_model.register_forward_pre_hook(read_gold, with_kwargs=True)
-    prompts = tokenizer([config.template.format(prompt=prompt) for prompt in world.PROMPTS]).input_ids
+    prompts = tokenizer([rlaif.PLAIN.format(prompt=prompt) for prompt in world.PROMPTS]).input_ids
     train_with_trl(clock, tokenizer, policy, reference, scorer, critic, 8 * prompts, iterations, batch=128,
                    minibatch=32, epochs=2, length=28, stop_token="eos", missing_eos_penalty=1.0,
                    cliprange=0.1, learning_rate=1e-3, kl_coef=kl_coef, adam_epsilon=adam_epsilon)
     return [(end - clock.times[0], gold) for end, gold in zip(clock.times[1:], golds, strict=True)]
 
 
+VOCABULARY, LENGTH, AT_ONCE = 49152, 32, 4  # of the models whose memory is measured; rows in one pass
+STEPS = ("generate", "steps 5 to 8", "evaluate", "update", "fit", "judge")
+
+
+def memory():
+    """What each step adds to a process at batches of 8 and 64, in passes of 4 rows; then, by arithmetic from
+    it, what fits a GPU."""
+    head("megabytes that a step adds", *STEPS)
+    for batch in (8, 64):
+        row(f"batch {batch}", *(f"{in_own_process(added_memory, step, batch)[0]:.0f}" for step in STEPS))
+    pass_bytes = in_own_process(added_memory, "steps 5 to 8", 64)[0] * 1e6 / (AT_ONCE * LENGTH * VOCABULARY)
+    print(f"\nsteps 5 to 8: {pass_bytes:.1f} bytes for each logit of one pass of {AT_ONCE} rows")
+    if trl_is_here():
+        there = in_own_process(trl_memory_per_logit)[0]
+        print(f"TRL's batch_generation: {there:.1f} bytes for each logit of the whole batch")
+    head("GB, replies of 256 tokens, vocabulary 152k, float32", "weights, Adam and reference",
+         "logits, 64 replies at once", f"logits, {AT_ONCE} at once", "with an adapter, reference shared",
+         "fits 24 GB", "fits 80 GB")
+    logits = {rows: pass_bytes * rows * 256 * 152e3 / 1e9 for rows in (64, AT_ONCE)}
+    for billions in (0.5, 1.5, 7.0):
+        full = billions * (4 + 4 + 8 + 4)  # weights, gradient, Adam's two moments, the reference's weights
+        adapter = billions * 4 * 1.04  # one base, and an adapter of a hundredth, with its gradient and moments
+        ways = {"all at once": full + logits[64], "micro-batches": full + logits[AT_ONCE],
+                "an adapter": adapter + logits[AT_ONCE]}
+        fits = [", ".join(way for way, size in ways.items() if size < limit) or "none" for limit in (24, 80)]
+        row(f"{billions:g} billion weights", f"{full:.0f}", f"{logits[64]:.0f}", f"{logits[AT_ONCE]:.1f}",
+            f"{adapter:.0f}", *fits)
+
+
+def wide_model(kind, **settings):
+    """A Llama of two narrow layers and a wide vocabulary, and a tokenizer of single letters."""
+    letters = Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    letters.decoder = decoders.Fuse()
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=512, bos_token_id=None,
+                         eos_token_id=None, pad_token_id=None, **settings)
+    return kind(config).eval(), PreTrainedTokenizerFast(tokenizer_object=letters)
+
+
+def peak_added(step):
+    """Megabytes by which the resident memory of this process, at its highest, passes what it was before."""
+    def field(name):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1000
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here (Linux)
+    before = field("VmRSS")
+    step()
+    return field("VmHWM") - before
+
+
+def added_memory(step, batch):
+    """What one step of a run with `batch` replies adds, in megabytes; the first call of it, in this process."""
+    torch.manual_seed(0)
+    policy, tokenizer = wide_model(LlamaForCausalLM)
+    scorer, _ = wide_model(LlamaForSequenceClassification, num_labels=1)
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, "prompts.txt").write_text("abcd\nefg\nhi\n")
+        config = rlaif.Config(prompts=f"{folder}/prompts.txt", template="{prompt}", max_new_tokens=LENGTH,
+                              batch_size=batch, minibatch_size=AT_ONCE, micro_batch_size=AT_ONCE,
+                              device="cpu", iterations=2, eval_samples=batch)
+        score = rlaif.PreferenceModel(scorer, tokenizer, "{prompt}", 4 * AT_ONCE)
+        run = rlaif.prepare(config, score, policy=policy, tokenizer=tokenizer)
+    prompts = (run.prompts * batch)[:batch]
+    with torch.no_grad():
+        written = rlaif.respond(policy, tokenizer, prompts, config)
+    if step == "generate":
+        with torch.no_grad():
+            return peak_added(lambda: rlaif.respond(policy, tokenizer, prompts, config))
+    if step == "fit":
+        rows = score.tokenize(prompts, written.responses, [True] * batch)
+        labels = torch.rand(batch)
+        return peak_added(lambda: rlaif.fit_preference(score, rows, rows[::-1], labels, 1,
+                                                       micro_batch_size=AT_ONCE))
+    if step == "judge":
+        questions = ["which of two" + 20 * "abc"] * batch
+        text = Tokenizer(models.BPE({chr(i): i for i in range(32, 127)}, []))
+        asked = PreTrainedTokenizerFast(tokenizer_object=text)
+        return peak_added(lambda: rlaif.ask_judge(policy, asked, questions, 4 * AT_ONCE))
+    rlaif.respond = lambda *args: copy.copy(written)  # what follows is measured without it
+    if step == "update":
+        rollout = rlaif.roll_out(run, prompts)
+        return peak_added(lambda: rlaif.update(run, rollout))
+    if step == "evaluate":
+        return peak_added(lambda: rlaif.evaluate(run, run.prompts[:1]))
+    return peak_added(lambda: rlaif.roll_out(run, prompts))
+
+
+def trl_memory_per_logit(batch=32):
+    """Bytes that TRL's batch_generation adds for each of batch * LENGTH * VOCABULARY logits."""
+    from transformers import GenerationConfig
+    from trl.experimental.ppo.ppo_trainer import batch_generation
+    policy, _ = wide_model(LlamaForCausalLM)
+    queries = torch.zeros(batch, 4, dtype=torch.long)
+    how = GenerationConfig(max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=True, top_k=0, top_p=1.0)
+    with torch.no_grad():
+        added = peak_added(lambda: batch_generation(policy, queries, batch, 0, how))
+    return added * 1e6 / (batch * LENGTH * VOCABULARY)
+
+
 def main():
     """Print the tables, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"growth": growth, "turns": turns, "start": start, "quality": quality}
+    tables = {"growth": growth, "turns": turns, "start": start, "quality": quality, "memory": memory}
     parser.add_argument("--only", choices=list(tables), help="print one table")
     only = parser.parse_args().only
     if not trl_is_here():

@@ -49,7 +49,7 @@ def measure(run):
     nats per token of the grammar's own replies."""
     means, rows = rlaif.evaluate(run)
     rng, prompts = random.Random(0), [prompt for prompt in run.held_out for _ in range(32)]
-    texts = [run.config.template.format(prompt=prompt) for prompt in prompts]
+    texts = [rlaif.PLAIN.format(prompt=prompt) for prompt in prompts]
     begun = rlaif.tokenize(run.tokenizer, texts)
     whole = rlaif.tokenize(run.tokenizer, [f"{text} {world.sample_reply(prompt, rng)}"
                                            for text, prompt in zip(texts, prompts)])
