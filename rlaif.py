@@ -869,7 +869,7 @@ def update_beta(beta, kl, target, horizon, n):
 # are surer stretch them. So scores are whitened, and beta means the same for any: how many stds of the score
 # one nat of drift costs. What it buys: the best policy of all is pi_ref(y|x) exp(s(x, y) / beta), normalised,
 # so a reply one std better becomes exp(1 / beta) times as likely. The std is *this* batch's. As replies
-# become alike it falls (in the default run from 1.1 to 0.3 points), and with it a nat's price, beta * std
+# become alike it falls (in the default run from 1.1 to 0.4 points), and with it a nat's price, beta * std
 # points.
 
 
@@ -1388,7 +1388,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, run.prompts[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; scores of others "
+        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; others' scores "
                       "do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run

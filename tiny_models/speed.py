@@ -4,6 +4,7 @@
     turns     episodes per second beside TRL's, the two in turns in one process
     start     from nothing to the end of the first iteration, and the peak memory, beside TRL's
     quality   how long the default run takes to a good policy, and TRL on the same models
+    seeds     how the default run ends on ten fresh seeds
     memory    what each step adds to a process, for a vocabulary of 49,152, and what would fit a GPU
 
 The first three are measured on random models whose responses all have their full length, the last on the
@@ -14,6 +15,7 @@ part is left out. Everything runs on the CPU, by the clock on the wall, so let n
 import argparse
 import contextlib
 import copy
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -279,6 +281,19 @@ def quality_of_trl(kl_coef, adam_epsilon, iterations=80):
     return [(end - clock.times[0], gold) for end, gold in zip(clock.times[1:], golds, strict=True)]
 
 
+def seeds():
+    """How the default run ends, on seeds that chose no default."""
+    head("seed", "gold", "score", "KL, nats", "fluent", "EOS", "entropy", "length")
+    for seed in range(300, 310):
+        run = rlaif.prepare(rlaif.Config(seed=seed, device="cpu"))
+        for _ in rlaif.iterate(run):
+            pass
+        ends, replies = rlaif.evaluate(run)
+        fluent = statistics.mean(world.is_fluent(reply["response"]) for reply in replies)
+        row(seed, f"{ends['gold']:.3f}", f"{ends['score']:.3f}", f"{ends['kl']:.2f}", f"{fluent:.1%}",
+            f"{ends['eos_fraction']:.1%}", f"{ends['entropy']:.3f}", f"{ends['length']:.1f}")
+
+
 VOCABULARY, LENGTH, AT_ONCE = 49152, 32, 4  # of the models whose memory is measured; rows in one pass
 STEPS = ("generate", "steps 5 to 8", "evaluate", "update", "fit", "judge")
 
@@ -286,10 +301,12 @@ STEPS = ("generate", "steps 5 to 8", "evaluate", "update", "fit", "judge")
 def memory():
     """What each step adds to a process at batches of 8 and 64, in passes of 4 rows; then, by arithmetic from
     it, what fits a GPU."""
-    head("megabytes that a step adds", *STEPS)
+    head("megabytes that a step adds, the median of three", *STEPS)
     for batch in (8, 64):
-        row(f"batch {batch}", *(f"{in_own_process(added_memory, step, batch)[0]:.0f}" for step in STEPS))
-    pass_bytes = in_own_process(added_memory, "steps 5 to 8", 64)[0] * 1e6 / (AT_ONCE * LENGTH * VOCABULARY)
+        added = {step: statistics.median(in_own_process(added_memory, step, batch)[0] for _ in range(3))
+                 for step in STEPS}
+        row(f"batch {batch}", *(f"{megabytes:.0f}" for megabytes in added.values()))
+    pass_bytes = added["steps 5 to 8"] * 1e6 / (AT_ONCE * LENGTH * VOCABULARY)
     print(f"\nsteps 5 to 8: {pass_bytes:.1f} bytes for each logit of one pass of {AT_ONCE} rows")
     if trl_is_here():
         there = in_own_process(trl_memory_per_logit)[0]
@@ -323,6 +340,7 @@ def peak_added(step):
     def field(name):
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1000
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed but still held would hide the next step
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the highest is counted from here (Linux)
     before = field("VmRSS")
     step()
@@ -382,7 +400,8 @@ def main():
     """Print the tables, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"growth": growth, "turns": turns, "start": start, "quality": quality, "memory": memory}
+    tables = {"growth": growth, "turns": turns, "start": start, "quality": quality, "seeds": seeds,
+              "memory": memory}
     parser.add_argument("--only", choices=list(tables), help="print one table")
     only = parser.parse_args().only
     if not trl_is_here():
