@@ -651,7 +651,7 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             tqdm.write("judge: the same reply in both orders {same:.0%}, the first of two {first:.0%},\n"
                        "  probability of its two answers {hold:.2f}".format(**worth))
             if worth["same"] < 0.6 or not 0.3 <= worth["first"] <= 0.7 or worth["hold"] < 0.5:
-                warnings.warn("judge: near chance; a small one is better not asked to compare", stacklevel=4)
+                warnings.warn("the judge is near chance; a small one is better not asked", stacklevel=4)
         if kept:
             state = {**data, "random": torch.get_rng_state()}
             write_whole(kept, lambda new: torch.save(state, new))
@@ -1234,12 +1234,12 @@ def load_prompts(run, judge):
     readers = {"policy": (run.policy, tokenizer, lambda x: encode(tokenizer, [x], config.template)[0], new)}
     if isinstance(run.score, PreferenceModel):
         readers["preference"] = (run.score.model, run.score.tokenizer,
-                                 lambda x: run.score.tokenize([x], [""], [True])[0], new - 1)
+                                 lambda x: run.score.tokenize([x], [""], [True])[0], new)
     if judge:
         model, own, principles = judge
         principle, template = max(principles, key=len), None if own.chat_template else "{prompt}"
         readers["judge"] = (model, own, lambda x: encode(own, [JUDGE_QUESTION.format(
-            principle=principle, turns=as_lines(x), a="", b="")], template)[0], 2 * new)
+            principle=principle, turns=as_lines(x), a="", b="")], template)[0], 2 * new + 1)
     read, longest = {}, dict.fromkeys(readers, [])
     for name in ("prompts", "eval_prompts"):
         path = getattr(config, name)
@@ -1271,13 +1271,14 @@ def require_plain(prompt, tokenizer, writes=False):
     """Raise ValueError if a prompt spells a special token: it could forge a turn. With `writes`, also if the
     tokenizer cannot write it."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    harmless = {tokenizer.pad_token_id, tokenizer.unk_token_id} - ends
     for text in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
         ids = set(tokenizer(text, add_special_tokens=False).input_ids)
         unknown = ids & {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
         if writes and (unknown or not ids):
             raise ValueError("the policy's tokenizer cannot write it")
-        if found := (ids & special) - {tokenizer.pad_token_id, tokenizer.unk_token_id}:
+        if found := ids & (special | ends) - harmless:
             raise ValueError(f"it spells {tokenizer.decode(min(found))!r}, a special token")
 
 
@@ -1375,6 +1376,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         vocabularies = {model.config.get_text_config().vocab_size for model in (reference, policy)}
         if len(vocabularies) > 1 or context_of(reference) < context_of(policy):
             raise ValueError("reference: its vocabulary or its context is not the policy's")
+        if path == first and type(policy) is type(reference):  # it may have taken steps since
+            policy.load_state_dict(reference.state_dict())
     score, judge = load_feedback(config, device, score, policy, tokenizer)
     if gold is None and config.gold:
         sys.path += [folder for folder in (str(HERE), os.getcwd()) if folder not in sys.path]
@@ -1388,8 +1391,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, run.prompts[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; others' scores "
-                      "do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
+        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; the others' "
+                      "scores do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run
 

@@ -9,9 +9,11 @@ torch.distributions, transformers' own generate. An assert that fails says what 
     RLAIF_SEARCH=2000 pytest     that many random examples per property
 """
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import itertools
 import json
 import math
@@ -25,12 +27,12 @@ import shlex
 import shutil
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import types
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -38,8 +40,10 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PreTrainedTokenizerFast, FalconConfig, FalconForCausalLM,
                           GPT2ForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
@@ -49,11 +53,10 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
                    shape_rewards, token_logprobs, update_beta, value_loss, whiten)
-from tiny_models import build, world
+from tiny_models import build, experiments, world
 from tiny_models.exact import (ALL_MASK, ALL_TOKENS, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
                                enumerate_logprobs, exact_run, expected_gradient, flat_gradient, gpt2, letters,
                                objective_gradient, optimum, toy_config)
-from tiny_models.experiments import alarms, feedback, measurements, protocol, runs
 
 torch.set_num_threads(1)  # models this small gain nothing from more
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -1559,6 +1562,50 @@ def test_the_optimum_is_the_reference_tilted_by_the_reward(beta, reward, kl, obj
 # 10. The loop
 # ------------------------------------------------------------------------------------------------------------
 
+PIECES = ["a", "b", "c", "ab", "ca", " ", "q", ":", ".", "<eos>"]
+DOT, ODD_EOS = 8, 9
+ODD_PROMPTS = {"AB  c": [6, 7, 5, 3, 5, 2, 5, 7], "ca": [6, 7, 5, 4, 5, 7], "b": [6, 7, 5, 1, 5, 7]}
+
+
+def pieces(**special):
+    """A tokenizer like a real one: it normalises (a prompt gets shorter), and its tokens have several letters
+    (what was sampled as a, b reads back as ab)."""
+    tokenizer = Tokenizer(models.BPE({x: i for i, x in enumerate(PIECES)}, [("a", "b"), ("c", "a")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("  ", " ")])
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
+
+
+def odd_llama(seed=0, **settings):
+    """Untied, and it ends at a dot, where the tokenizer's EOS is another."""
+    return modern(LlamaConfig, LlamaForCausalLM, seed, vocab_size=10, eos_token_id=DOT, **settings)
+
+
+def odd_preference():
+    """Wider than the policy, with a template of its own."""
+    model = modern(Qwen2Config, Qwen2ForSequenceClassification, 5, vocab_size=10, hidden_size=48,
+                   num_labels=1)
+    return rlaif.PreferenceModel(model, pieces(), "b{prompt}: ")
+
+
+def minus_a(prompts, responses):
+    return [-score for score in count_a(prompts, responses)]
+
+
+def odd_run(folder, score=count_a, gold=minus_a, **settings):
+    """A run in which nothing equals what the loop must keep apart from it: template and bare prompt, text and
+    what its tokens decode to, beta now and at the start, policy and reference (once it is made), clip and
+    value_clip, score and gold, the EOS of tokenizer and model, the widths of policy and preference model, the
+    lengths of prompts and replies; the last minibatch and micro-batch are smaller than the others."""
+    (folder / "odd.txt").write_text("\n".join(ODD_PROMPTS))
+    config = toy_config(folder, **{
+        "prompts": str(folder / "odd.txt"), "template": "q: {prompt} :", "max_new_tokens": 4,
+        "batch_size": 10, "micro_batch_size": 3, "ppo_epochs": 1, "clip": 0.1, "value_clip": 0.03,
+        "value_coef": 0.3, "lam": 0.8, "gamma": 0.95, "value_head": "random", "iterations": 5, **settings})
+    run = rlaif.prepare(config, score, gold, odd_llama().to(config.device), pieces())
+    run.reference, run.beta = odd_llama(1).to(run.device), 0.7
+    return run
+
 
 def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **settings):
     """`prepare` on the letter models -> Run."""
@@ -1567,37 +1614,45 @@ def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **set
 
 
 def letter_preference(seed=5):
-    """A preference model that reads the policy's own tokens from left to right."""
-    model = gpt2(seed=seed, kind=GPT2ForSequenceClassification, num_labels=1)
-    return rlaif.PreferenceModel(model, letters(), "{prompt}")
+    """A preference model that reads the letter policy's own tokens from left to right."""
+    return rlaif.PreferenceModel(scorer(seed), letters(), "{prompt}")
+
+
+def scorer(seed=0, outputs=1, **settings):
+    return gpt2(seed=seed, kind=GPT2ForSequenceClassification, num_labels=outputs, **settings)
 
 
 def tensors_of(rollout):
     return {name: x for name, x in vars(rollout).items() if isinstance(x, torch.Tensor)}
 
 
-def without_timings(metrics):
-    return {name: value for name, value in metrics.items() if "second" not in name}
+def weights_of(*models):
+    return [x.detach().cpu().clone() for model in models for x in model.state_dict().values()]
+
+
+def all_equal(xs, ys):
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 def rollout_by_hand(run, rollout):
-    """Every field of a rollout of the letter models, from its prompts, its tokens and the models alone: in
-    float64, one prefix at a time, and the arithmetic on plain lists."""
+    """Every field of a rollout of `odd_run`, from its prompts, its tokens and the models alone: in float64,
+    one prefix at a time, and the arithmetic on plain lists."""
     config, tokens = run.config, rollout.tokens.tolist()
     B, T = range(len(tokens)), range(len(tokens[0]))
-    lengths = [row.index(EOS) + 1 if EOS in row else len(row) for row in tokens]
+    ends = [[t for t in T if row[t] in (DOT, ODD_EOS)] for row in tokens]
+    lengths = [end[0] + 1 if end else len(T) for end in ends]
     policy, reference, value = (copy.deepcopy(model).cpu().double()
                                 for model in (run.policy, run.reference, run.value))
     trunk = value.trunk or policy.base_model
     scored = isinstance(run.score, rlaif.PreferenceModel) and copy.deepcopy(run.score.model).cpu().double()
 
     # 4. Generate.
-    prompt_ids = [["abc".index(letter) for letter in prompt] for prompt in rollout.prompts]
+    prompt_ids = [ODD_PROMPTS[prompt] for prompt in rollout.prompts]
     P = max(map(len, prompt_ids))
-    texts = ["".join("abc"[token] for token in row if token != EOS) for row in tokens]
-    ended = [EOS in row for row in tokens]
+    texts = ["".join(PIECES[x] for x in row[:n] if x != ODD_EOS) for row, n in zip(tokens, lengths)]
+    ended = [bool(end) for end in ends]
     found = {
-        "prompts": rollout.prompts, "tokens": tokens, "responses": texts, "ended": ended,
+        "prompts": rollout.prompts, "tokens": tokens, "responses": texts, "ended": ended, "may_end": True,
         "input_ids": [[0] * (P - len(ids)) + ids for ids in prompt_ids],
         "attention_mask": [[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids],
         "mask": [[t < lengths[b] for t in T] for b in B],
@@ -1622,7 +1677,11 @@ def rollout_by_hand(run, rollout):
             x["kl"][b][t] = {"k1": d, "k2": d**2 / 2, "k3": math.exp(-d) - 1 + d}[config.kl_estimator]
 
     # 5 and 7. Scores, whitened over the finished responses, and rewards.
-    raw = [x["prefix_scores"][b][lengths[b] - 1] for b in B] if scored else count_a([], texts)
+    raw = count_a([], texts)
+    if scored:
+        rows = [pieces()(f"b{prompt}: {text}").input_ids + [ODD_EOS] * end
+                for prompt, text, end in zip(rollout.prompts, texts, ended)]
+        raw = [scored(torch.tensor([row])).logits.item() for row in rows]
     finished = [b for b in B if ended[b] or config.missing_eos_score == math.inf]
     mean, std = 0.0, 1.0
     if config.whiten_scores:
@@ -1638,7 +1697,7 @@ def rollout_by_hand(run, rollout):
                 reward = (scores[b] if is_last else prefixes[t]) - (prefixes[t - 1] if t else 0.0)
             price = {"token": x["kl"][b][t], "sequence": is_last * row_kl[b],
                      "batch": is_last * statistics.fmean(row_kl)}[config.kl_level]
-            x["rewards"][b][t] = reward - run.beta * price
+            x["rewards"][b][t] = reward - 0.7 * price
 
     # 8. Advantages.
     for b in B:
@@ -1652,35 +1711,33 @@ def rollout_by_hand(run, rollout):
         shift, scale = statistics.fmean(real), statistics.pstdev(real)
     x["whitened"] = [[(advantage - shift) / scale for advantage in row] for row in x["advantages"]]
     x["returns"] = [[a + v for a, v in zip(*rows)] for rows in zip(x["advantages"], x["values"])]
-    return {**found, **x, "raw_scores": raw, "gold_scores": [-score for score in count_a([], texts)],
-            "score_mean": mean, "score_std": std, "scores": scores}
+    return {**found, **x, "raw_scores": raw, "gold_scores": minus_a([], texts), "score_mean": mean,
+            "score_std": std, "scores": scores}
 
 
 @pytest.mark.parametrize("settings", [
     {},
-    {"kl_level": "sequence", "kl_estimator": "k3", "value": "separate"},
-    {"kl_level": "batch", "kl_estimator": "k2", "whiten_scores": False},
-    {"missing_eos_score": math.inf, "gamma": 0.9, "lam": 0.5, "whiten_advantages": False},
-    {"missing_eos_score": -2.5, "kl_estimator": "k3", "kl_level": "batch"},
-    {"dense_reward": True, "value": "preference"},
-    {"dense_reward": True, "whiten_scores": False, "kl_level": "sequence", "gamma": 0.8},
+    {"kl_level": "sequence", "kl_estimator": "k3", "value": "separate", "missing_eos_score": -2.5},
+    {"kl_level": "batch", "kl_estimator": "k2", "missing_eos_score": math.inf, "whiten_advantages": False},
+    {"dense_reward": True, "value": "preference", "micro_batch_size": 64},
+    {"dense_reward": True, "whiten_scores": False, "kl_level": "sequence"},
 ])
 def test_a_rollout_and_its_metrics_are_what_the_equations_say(tmp_path, device, settings):
+    """To 1e-4: numbers of size 1 in float32 are good to 1e-6, so only rounding gets through."""
     score = count_a
     if settings.get("dense_reward"):
-        score = letter_preference()
+        score = odd_preference()
         score.model.to(device)
-    run = toy_run(tmp_path, score, gold=lambda prompts, texts: [-x for x in count_a(prompts, texts)], **{
-        "whiten_scores": True, "missing_eos_score": -1.0, "kl_level": "token", "kl_estimator": "k1",
-        "gamma": 1.0, "lam": 0.95, "whiten_advantages": True, "value_head": "random", "beta": 0.7,
-        "batch_size": 10, "ppo_epochs": 1, "learning_rate": 0.0, "device": device, **settings})
-    run.reference = gpt2(seed=1).to(device)
+    run = odd_run(tmp_path, score, learning_rate=0.0, device=device, **settings)
     r = rlaif.roll_out(run)
     hand = rollout_by_hand(run, r)
     assert r is run.rollout, "the last rollout is kept"
-    assert 0 < sum(hand["ended"]) < 10, "the example should hold responses with and without an EOS"
+    assert 2 <= sum(hand["ended"]) < 10, "the example should hold responses with and without an EOS"
+    read_back = [pieces()(text).input_ids for text in r.responses]
+    assert read_back != [row[mask].tolist() for row, mask in zip(r.tokens, r.mask)], "tokens are letters here"
     if not settings.get("dense_reward"):
         assert r.prefix_scores is None and hand.pop("prefix_scores")
+    assert not [name for name, x in tensors_of(r).items() if x.requires_grad], "a graph is kept"
     for name, expected in hand.items():
         found = getattr(r, name)
         if not isinstance(found, (torch.Tensor, float)):
@@ -1696,11 +1753,10 @@ def test_a_rollout_and_its_metrics_are_what_the_equations_say(tmp_path, device, 
         close(found[means_something], expected[means_something], f"{name} is not what the equations say",
               atol=1e-4)
     untouched = {field.name for field in dataclasses.fields(rlaif.Rollout)} - set(hand)
-    assert untouched <= {"seconds", "prefix_scores", "may_end"}, f"nothing says what {untouched} should be"
-    assert set(r.seconds) == {"generate", "score", "policy", "reference"}
+    assert untouched <= {"prefix_scores"}, f"nothing says what {untouched} should be"
 
     metrics, real = rlaif.update(run, r), sum(map(sum, hand["mask"]))
-    kl = sum(torch.tensor(hand["logprobs"]).sub(torch.tensor(hand["ref_logprobs"])).flatten()) / 10
+    kl = torch.tensor(hand["logprobs"]).sub(torch.tensor(hand["ref_logprobs"])).sum() / 10
     used = hand["score_mean"] + hand["score_std"] * statistics.fmean(hand["scores"])
     returns, errors = ([x for row, own in zip(rows, hand["mask"]) for x, is_real in zip(row, own) if is_real]
                        for rows in (hand["returns"], hand["advantages"]))
@@ -1716,46 +1772,18 @@ def test_a_rollout_and_its_metrics_are_what_the_equations_say(tmp_path, device, 
         close(metrics[name], expected, f"the metric {name} is not what the equations say", atol=1e-4)
 
 
-@pytest.mark.parametrize("dense_reward,scale,shift", [(False, 0.2, -3.0), (True, 50.0, 7.0)])
-def test_a_score_on_another_scale_gives_the_same_run(tmp_path, dense_reward, scale, shift):
-    runs = []
-    for a, b in ((1.0, 0.0), (scale, shift)):
-        def score(prompts, texts):
-            return [a * x + b for x in count_a(prompts, texts)]
-        if dense_reward:
-            score, head = letter_preference(), torch.nn.Linear(32, 1)
-            head.load_state_dict({"weight": a * score.model.score.weight, "bias": torch.tensor([b])})
-            score.model.score = head
-        run = toy_run(tmp_path, score, dense_reward=dense_reward, missing_eos_score=-1.0, whiten_scores=True,
-                      batch_size=16, minibatch_size=8, ppo_epochs=2, value_head="random", adam_epsilon=1.0)
-        run.reference = gpt2(seed=1)
-        rollout = rlaif.roll_out(run)
-        assert 0 < rollout.ended.sum() < 16, "the example should hold responses with and without an EOS"
-        runs.append((rollout, without_timings(rlaif.update(run, rollout))))
-    (plain, metrics), (scaled, scaled_metrics) = runs
-    for name, x in tensors_of(plain).items():
-        in_points = name in ("raw_scores", "prefix_scores")
-        expected, real = (scale * x + shift if in_points else x), x == x
-        if x.shape == plain.mask.shape and name != "mask":
-            real = plain.mask
-        close(getattr(scaled, name)[real], expected[real], f"{name} depends on the scale of the score", 1e-4)
-    for name, number in metrics.items():
-        scaled_number = {"score": scale * number + shift, "objective": scale * number + shift,
-                         "score_std": scale * number}.get(name, number)
-        close(scaled_metrics[name], scaled_number, f"{name} does not follow the scale of the score", 1e-3)
+def penalty_of(run):
+    """A loss of one's own that depends on the row, by its tokens: other rows give another."""
+    ids = torch.cat([run.rollout.input_ids, run.rollout.tokens], dim=1)
+    weights = (ids * torch.arange(ids.shape[1], device=ids.device)).sum(dim=1) % 7 - 2.5
+    return lambda logprobs, rows: weights[rows, None] * logprobs.square()
 
 
-@pytest.mark.parametrize("settings", [{}, {"dense_reward": True, "value": "preference"}])
-def test_a_rollout_keeps_no_graph(tmp_path, settings):
-    run = toy_run(tmp_path, letter_preference(), count_a, value_head="random", **settings)
-    kept = [name for name, x in tensors_of(rlaif.roll_out(run)).items() if x.requires_grad]
-    assert not kept, f"{kept} hold the graph that made them, and with it the memory of a whole pass"
-
-
-def minibatch_by_hand(run, rollout, rows):
+def minibatch_by_hand(run, rollout, rows, penalty):
     """The loss of a minibatch, one response at a time -> (loss, what the metrics are to say of it)."""
     config, n = run.config, rollout.mask[rows].sum().item()
-    sums = dict.fromkeys(("policy_loss", "value_loss", "entropy", "ratio", "clip_fraction", "approx_kl"), 0.0)
+    names = "policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl", "entropy", "penalty"
+    sums = dict.fromkeys(names, 0.0)
     for b in rows:
         length, prompt = rollout.mask[b].sum(), rollout.input_ids[b][rollout.attention_mask[b].bool()]
         tokens, ids = rollout.tokens[b, :length], torch.cat([prompt, rollout.tokens[b, :length]])[None]
@@ -1771,39 +1799,52 @@ def minibatch_by_hand(run, rollout, rows):
         errors = torch.stack([(values - returns)**2, (near - returns)**2]).amax(dim=0)
         for name, x in {"policy_loss": -torch.minimum(plain, cut), "value_loss": errors / 2, "ratio": ratio,
                         "clip_fraction": (cut < plain).float(), "approx_kl": ratio - 1 - d,
-                        "entropy": pi.entropy()}.items():
+                        "entropy": pi.entropy(),
+                        "penalty": penalty(pi.log_prob(tokens)[None], [b])[0] if penalty else 0 * d}.items():
             sums[name] = sums[name] + x.sum() / n
-    entropy = sums.pop("entropy")
-    loss = sums["policy_loss"] + config.value_coef * sums["value_loss"] - config.entropy_coef * entropy
-    return loss, {name: x.item() for name, x in sums.items()}
+    loss = (sums["policy_loss"] + config.value_coef * sums["value_loss"]
+            - config.entropy_coef * sums["entropy"] + sums["penalty"])
+    return loss, {name: sums[name].item() for name in names[:5]}
 
 
-def watch(run):
-    """What `update` does from now on: a list of its minibatches, each a dict of the rows that it reads, the
-    gradient of their loss by hand, their numbers, and, if it takes a step, the step's rate and gradient."""
-    minibatches, by_hand, (group,) = [], [], run.optimizer.param_groups
+def updated(run, with_penalty):
+    """One rollout and its update -> metrics, and a list of its minibatches: the rows that went through the
+    policy, the gradient of their loss by hand, their numbers, and, where a step was taken, its rate and
+    gradient."""
+    r, rows, minibatches, by_hand, (group,) = rlaif.roll_out(run), [], [], [], run.optimizer.param_groups
+    assert {*map(id, group["params"])} == {*map(id, [*run.policy.parameters(), *run.value.parameters()])}, (
+        "the optimizer has all of the policy and of the value function, its trunk too")
+    penalty = penalty_of(run) if with_penalty else None
+    ids, masks = torch.cat([r.input_ids, r.tokens], dim=1), torch.cat([r.attention_mask, r.mask], dim=1)
 
     def read(policy, args, given):
-        if not torch.is_grad_enabled() or by_hand:
+        if by_hand:
             return
-        r, rows = run.rollout, []
-        ids, masks = torch.cat([r.input_ids, r.tokens], dim=1), torch.cat([r.attention_mask, r.mask], dim=1)
         for own_ids, own_mask in zip(given["input_ids"], given["attention_mask"]):
             same = (ids == own_ids).all(dim=1).nonzero()
             assert len(same), "a minibatch puts the prompt of one row before the tokens of another"
             rows.append(same[0].item())  # rows of the same tokens are the same in everything else
             assert torch.equal(own_mask, masks[rows[-1]]), "a minibatch has the attention mask of another row"
+
+    def expect():
         by_hand.append("the passes that follow are our own")
-        loss, numbers = minibatch_by_hand(run, r, rows)
+        loss, numbers = minibatch_by_hand(run, r, rows, penalty)
         gradient = torch.autograd.grad(loss, group["params"], allow_unused=True)
         by_hand.clear()
-        minibatches.append({"rows": rows, "expected": gradient, "numbers": numbers})
+        minibatches.append({"rows": [*rows], "expected": gradient, "numbers": numbers})
+        rows.clear()
 
     def step(optimizer, args, given):
+        expect()
         minibatches[-1] |= {"rate": group["lr"], "gradient": [p.grad.clone() for p in group["params"]]}
-    run.policy.register_forward_pre_hook(read, with_kwargs=True)
-    run.optimizer.register_step_pre_hook(step)
-    return minibatches
+    hooks = [run.policy.register_forward_pre_hook(read, with_kwargs=True),
+             run.optimizer.register_step_pre_hook(step)]
+    metrics = rlaif.update(run, r, penalty)
+    if rows:
+        expect()  # of a minibatch without a step
+    for hook in hooks:
+        hook.remove()
+    return metrics, minibatches
 
 
 def norm(gradient):
@@ -1811,38 +1852,35 @@ def norm(gradient):
 
 
 @pytest.mark.parametrize("settings", [
-    {},
-    {"entropy_coef": 0.3, "value": "separate", "whiten_advantages": False, "missing_eos_score": math.inf},
-    {"value_coef": 1.0, "value_clip": 0.02, "clip": 0.02, "batch_size": 9},
+    {"max_grad_norm": 0.05},
+    {"entropy_coef": 0.3, "value": "separate", "whiten_advantages": False, "micro_batch_size": 64},
+    {"value_coef": 1.0, "clip": 0.02, "batch_size": 9, "micro_batch_size": 1, "penalty": True},
     {"stop_kl": 1e-3, "value": "preference"},
 ])
 def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(tmp_path, device, settings):
-    """No gradient of an abandoned or an earlier minibatch, no padding, no row's tensor beside another row."""
-    score = letter_preference()
+    """No gradient of an abandoned or an earlier minibatch, no padding, no row's tensor beside another row; to
+    a ten-thousandth of the gradient's length."""
+    score = odd_preference()
     score.model.to(device)
-    run = toy_run(tmp_path, score, **{
-        "batch_size": 8, "minibatch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-2, "clip": 0.2,
-        "value_clip": 0.2, "value_coef": 0.1, "entropy_coef": 0.0, "stop_kl": math.inf,
-        "value_head": "random", "max_grad_norm": math.inf, "iterations": 4, "kl_level": "sequence",
-        "device": device, **settings})
-    minibatches = watch(run)
+    settings = {"ppo_epochs": 2, "max_grad_norm": math.inf, "device": device, **settings}
+    with_penalty = settings.pop("penalty", False)
+    run = odd_run(tmp_path, score, **settings)
     for iteration in range(2):
-        first = len(minibatches)
-        metrics = rlaif.update(run, rlaif.roll_out(run))
-        own = minibatches[first:]
+        metrics, own = updated(run, with_penalty)
         steps = [minibatch for minibatch in own if "gradient" in minibatch]
         for minibatch in steps:
-            scale = 1e-4 * max(1.0, norm(minibatch["expected"]))
+            length = norm(minibatch["expected"])
+            cut = min(1.0, run.config.max_grad_norm / length)
             for found, expected in zip(minibatch["gradient"], minibatch["expected"]):
-                close(found, torch.zeros(()) if expected is None else expected,
-                      "a step does not follow the gradient of its own minibatch", scale)
+                close(found, torch.zeros(()) if expected is None else cut * expected,
+                      "a step does not follow the gradient of its own minibatch", 1e-4 * max(1, length) * cut)
         for name in own[0]["numbers"]:
             close(metrics[name], statistics.fmean(minibatch["numbers"][name] for minibatch in own),
                   f"{name} is not the mean over the minibatches", 1e-4)
         norms = [norm(minibatch["expected"]) for minibatch in steps]
-        close(metrics["grad_norm"], statistics.fmean(norms), "grad_norm is not the mean length", 1e-3)
+        close(metrics["grad_norm"], statistics.fmean(norms), "not the mean, before it is cut", 1e-3)
         assert metrics["updates"] == len(steps)
-        rate = 1e-2 * (1 - iteration / 4)
+        rate = 1e-2 * (1 - iteration / 5)
         assert all(step["rate"] == rate for step in steps), "the learning rate falls linearly to 0"
         if run.config.stop_kl < math.inf:
             over = [minibatch["numbers"]["approx_kl"] > run.config.stop_kl for minibatch in own]
@@ -1853,121 +1891,189 @@ def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(t
         epochs = [[row for minibatch in epoch for row in minibatch["rows"]]
                   for epoch in (own[:half], own[half:])]
         assert len(steps) == len(own) == 2 * math.ceil(run.config.batch_size / 4), "one step for a minibatch"
+        assert [len(minibatch["rows"]) for minibatch in own[:2]] == [4, 4]
         ids = torch.cat([run.rollout.input_ids, run.rollout.tokens], dim=1).tolist()
         assert all(sorted(ids[row] for row in epoch) == sorted(ids) for epoch in epochs), (
             "an epoch must see every response once")
         assert epochs[0] != epochs[1], "the minibatches must be shuffled anew for each epoch"
     if settings.get("clip") == 0.02:
         assert metrics["clip_fraction"] > 0, "the example should clip something"
+    if settings.get("max_grad_norm") == 0.05:
+        assert metrics["grad_norm"] > 0.06, "the example should cut something"
 
 
-def test_gradients_are_cut_to_max_grad_norm(tmp_path):
-    run = toy_run(tmp_path, max_grad_norm=0.01, ppo_epochs=1)
-    minibatches = watch(run)
-    metrics = rlaif.update(run, rlaif.roll_out(run))
-    for minibatch in minibatches:
-        close(norm(minibatch["gradient"]), 0.01, "the gradient is longer than max_grad_norm", 1e-4)
-    assert metrics["grad_norm"] > 0.011, "grad_norm is logged before the gradient is cut"
+def test_a_minibatch_takes_the_same_step_in_micro_batches_of_any_size(tmp_path):
+    """To 1e-6 after two iterations, weight for weight; a step is a thousand times that."""
+    ends = []
+    for micro_batch_size in (1, 3, 64):
+        run = odd_run(tmp_path, micro_batch_size=micro_batch_size, minibatch_size=5, learning_rate=1e-3,
+                      entropy_coef=0.1, adam_epsilon=1e-2)
+        start = weights_of(run.policy, run.value)
+        for _ in range(2):
+            rlaif.update(run, rlaif.roll_out(run), penalty_of(run))
+        ends.append(weights_of(run.policy, run.value))
+    assert max((a - b).abs().max() for a, b in zip(start, ends[0])) > 1e-4, "the example should move"
+    for other in ends[1:]:
+        for a, b in zip(ends[0], other):
+            close(a, b, "the step depends on micro_batch_size", 1e-6)
 
 
+class Peak(TorchDispatchMode):
+    """Watches the tensors that are made while it is on: `most` is how many bytes of them, the weights of
+    `models` apart, were alive at once."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.alive, self.most = {}, 0
+        self.weights = {x.untyped_storage().data_ptr() for model in models for x in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.weights:
+                storage = x.untyped_storage()
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {at: (ref, size) for at, (ref, size) in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def test_memory_grows_with_the_micro_batch_and_not_with_the_batch(tmp_path, monkeypatch):
+    """A large vocabulary, replies of 8: the logits of one row are 1.8 MB, of a micro-batch of two 3.5."""
+    policy = modern(LlamaConfig, LlamaForCausalLM, vocab_size=49152, hidden_size=64)
+    most = {}
+    for batch_size in (4, 16):
+        run = toy_run(tmp_path, policy=policy, max_new_tokens=8, batch_size=batch_size, ppo_epochs=1,
+                      minibatch_size=batch_size, micro_batch_size=2, missing_eos_score=math.inf)
+        ready = rlaif.roll_out(run)
+        monkeypatch.setattr(rlaif, "respond", lambda *args: ready)  # generating takes the whole batch at once
+        with Peak(policy, run.reference) as rolled_out:
+            rlaif.roll_out(run)
+        with Peak(policy) as learned:
+            rlaif.update(run, ready)
+        monkeypatch.undo()
+        most[batch_size] = rolled_out.most, learned.most
+    judge = modern(LlamaConfig, LlamaForCausalLM, vocab_size=49152, hidden_size=64)
+    with Peak(judge) as asked:
+        rlaif.ask_judge(judge, random_judge()[1], ["abcdefgh"] * 16, chunk=8)
+    logits = 2 * 9 * 49152 * 4
+    for few, many in zip(most[4], most[16]):
+        assert many <= 1.2 * few, f"{many / few:.2f} times as much memory for four times the batch"
+    assert most[16][0] <= 6 * logits, "more than a few copies of one pass's logits"
+    assert asked.most <= 2 * most[16][1], "the judge takes more than twice the update"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", ["shared", "separate", "preference"])
-def test_with_learning_rate_zero_nothing_moves_and_the_ratio_is_one(tmp_path, value):
-    run = toy_run(tmp_path, letter_preference(), learning_rate=0.0, value=value, value_head="random",
-                  beta=2.0)
-    before = copy.deepcopy([run.policy.state_dict(), run.value.state_dict()])
-    for _ in range(2):
-        metrics = rlaif.update(run, rlaif.roll_out(run))
-        assert abs(metrics["ratio"] - 1) < 1e-5, "old and new policy differ without a step"
-        assert abs(metrics["approx_kl"]) < 1e-6 and metrics["clip_fraction"] == 0
-        assert abs(metrics["kl"]) < 1e-6, "the policy is its own reference, yet there is a KL"
-    for old, model in zip(before, (run.policy, run.value)):
-        assert all(torch.equal(old[name], x) for name, x in model.state_dict().items()), "a parameter moved"
+def test_with_learning_rate_zero_the_ratio_is_exactly_one_and_the_kl_exactly_zero(tmp_path, recwarn, dtype,
+                                                                                  value):
+    """In bfloat16 a row of another batch has other digits: only passes of equal shapes agree, and only a
+    reference that is run as the policy is costs nothing."""
+    run = odd_run(tmp_path, odd_preference(), learning_rate=0.0, value=value, dtype=dtype, batch_size=12,
+                  micro_batch_size=rlaif.Config().micro_batch_size, dense_reward=value == "preference")
+    run.reference = copy.deepcopy(run.policy)
+    before = weights_of(run.policy, run.value)
+    for _ in range(3):
+        r = rlaif.roll_out(run)
+        metrics = rlaif.update(run, r)
+        assert (r.kl[r.mask] == 0).all(), "the policy is its own reference, yet there is a KL"
+        assert metrics["ratio"] == 1 and metrics["approx_kl"] == 0, "old and new policy differ without a step"
+        assert (r.logprobs[r.mask] < 0).all() and all(math.isfinite(x) for x in metrics.values())
+        assert not [name for name, x in tensors_of(r).items() if x.dtype == torch.bfloat16], "too few digits"
+    assert not recwarn.list and all_equal(before, weights_of(run.policy, run.value)), "a parameter moved"
+    assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
 
 
-def test_the_reference_and_the_preference_model_never_change_and_no_dropout_is_on(tmp_path):
-    run = toy_run(tmp_path, letter_preference(), policy=gpt2().train(), value="preference")
-    models = run.policy, run.value, run.reference, run.score.model
-    before = [copy.deepcopy(model.state_dict()) for model in models]
+def test_in_bfloat16_scores_and_labels_keep_the_digits_that_float32_gives_their_heads():
+    """A bfloat16 of size 1 moves in steps of 1/128: 64 texts would share scores and log-odds."""
+    texts = ["".join(text) for text in itertools.product("abcx", repeat=3)]  # 64
+    judge, tokenizer = random_judge()
+    preference, truth = preference_model(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            a, b = rlaif.ask_judge(judge, tokenizer, [text.replace("x", "d") for text in texts]).T
+            scores = torch.tensor(preference(["ab"] * 64, texts))
+        assert len(set(scores.tolist())) == len(set((a - b).tolist())) == 64, "they move in steps"
+        truth[dtype] = scores, torch.sigmoid(a - b), a - b
+    (scores, labels, odds), (half_scores, half_labels, half_odds) = truth.values()
+    assert (scores - half_scores).abs().max() < 0.1 * scores.std(), "a score is off by a tenth of its std"
+    assert (labels - half_labels).abs().max() < 0.02, "a label is off by 0.02"
+    assert ((odds > 0) == (half_odds > 0))[odds.abs() > 0.2].all(), "a plain answer has changed sides"
+
+
+def test_only_policy_and_value_function_change_and_no_dropout_is_on(tmp_path):
+    score = odd_preference()
+    score.model.train()
+    run = odd_run(tmp_path, score, value="preference")
+    run.policy.train(False)
+    models = run.policy, run.value, run.value.trunk, run.reference, score.model
+    before = [weights_of(model) for model in models]
     rlaif.update(run, rlaif.roll_out(run))
-    moved = [any(not torch.equal(old[name], x) for name, x in model.state_dict().items())
-             for old, model in zip(before, models)]
-    assert moved == [True, True, False, False], "policy and value function learn; reference and score do not"
-    assert not any(module.training for model in models for module in model.modules()), "dropout is on"
+    moved = [not all_equal(old, weights_of(model)) for old, model in zip(before, models)]
+    assert moved == [True, True, True, False, False], "policy and value function learn, and nothing else"
+    run = toy_run(tmp_path, policy=gpt2().train(), value="separate")
+    assert not any(module.training for model in (run.policy, run.value, run.reference)
+                   for module in model.modules()), "dropout is on"
 
 
-def test_train_is_the_two_halves_of_the_loop_in_turn(tmp_path):
-    policy, history = toy_train(tmp_path, learning_rate=1e-3, ppo_epochs=1)
-    run = toy_run(tmp_path, learning_rate=1e-3, ppo_epochs=1)
-    by_hand = [rlaif.update(run, rlaif.roll_out(run)) for _ in history]
-    assert [m["iteration"] for m in history] == [1, 2, 3] and same_but_for_timings(history, by_hand)
-    assert all(torch.equal(*pair) for pair in zip(policy.parameters(), run.policy.parameters())), (
-        "a policy that is passed in is the one that is trained")
-    before = copy.deepcopy(run.policy.state_dict())
-    for _ in range(2):
-        rlaif.update(run, rlaif.roll_out(run))
-    assert all(torch.equal(before[name], x) for name, x in run.policy.state_dict().items()), (
-        "after the last iteration the learning rate is 0, not negative")
-
-
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(tmp_path):
-    a, b, c = (toy_train(tmp_path, seed=seed, iterations=2, ppo_epochs=1)[1] for seed in (1, 1, 2))
-    assert same_but_for_timings(a, b), "a run is not reproducible"
-    assert not same_but_for_timings(a, c), "the seed changes nothing"
-
-
-def test_a_policy_that_always_says_the_same_is_not_distinct(tmp_path):
-    policy = gpt2()
-    with torch.no_grad():
-        policy.transformer.ln_f.weight.zero_()
-        policy.transformer.ln_f.bias.copy_(50 * policy.lm_head.weight[EOS])  # EOS, whatever the prompt
-    _, (metrics,) = toy_train(tmp_path, policy=policy, iterations=1, batch_size=8)
-    assert metrics["length"] == 1
-    assert metrics["distinct"] == 1 / 8, "distinct is the share of different responses"
-    assert all(math.isfinite(value) for value in metrics.values())
-
-
-def test_the_entropy_bonus_raises_the_entropy(tmp_path):
-    without, with_bonus = (toy_train(tmp_path, entropy_coef=coef, iterations=6, ppo_epochs=2, beta=0.0,
-                                     missing_eos_score=math.inf)[1][-1]["entropy"] for coef in (0.0, 1.0))
-    assert with_bonus > without + 0.1, "the entropy bonus has the wrong sign or no effect"
-
-
-@pytest.mark.parametrize("value", ["separate", "shared"])
-def test_the_values_learn_the_returns_and_leave_the_policy_alone_at_first(tmp_path, value):
-    def constant(prompts, texts):
-        return [2.0] * len(texts)
-    settings = {"value": value, "value_head": "zero", "value_clip": math.inf, "value_coef": 1.0, "beta": 0.0,
-                "lam": 1.0, "whiten_scores": False, "missing_eos_score": math.inf, "iterations": 4}
-    run = toy_run(tmp_path, constant, batch_size=16, minibatch_size=16, ppo_epochs=1, **settings)
-    before = copy.deepcopy(run.policy.state_dict())
-    rlaif.update(run, rlaif.roll_out(run))
-    # Every return is 2, so no advantage is left; a head that is zero passes no gradient on to its trunk.
-    after = run.policy.state_dict()
-    assert all(torch.equal(before[name], x) for name, x in after.items()), "the policy moved"
-    _, history = toy_train(tmp_path, constant, batch_size=8, minibatch_size=8, ppo_epochs=10, **settings)
-    assert history[-1]["value_loss"] < 0.1 * history[0]["value_loss"], "the values do not learn the returns"
-
-
-def test_a_value_function_starts_where_the_settings_say(tmp_path):
-    preference = letter_preference()
-    run = toy_run(tmp_path, preference, value="preference", value_head="random")
-    trunk = preference.model.base_model
-    assert all(torch.equal(*pair) for pair in zip(run.value.trunk.parameters(), trunk.parameters()))
-    assert run.value.trunk is not trunk, "the preference model itself would be trained"
-    assert 0.5 < run.value.head.weight.std() * 33**0.5 < 1.5, "a random head starts normal, std 1/sqrt(D + 1)"
-    run = toy_run(tmp_path, value="separate", value_head="zero")
-    trunk = run.policy.base_model
-    assert all(torch.equal(*pair) for pair in zip(run.value.trunk.parameters(), trunk.parameters()))
-    assert not {*map(id, run.value.parameters())} & {*map(id, run.policy.parameters())}, "it must be a copy"
-    assert (run.value.head.weight == 0).all() and (run.value.head.bias == 0).all()
+def test_a_value_function_starts_on_the_trunk_that_the_settings_name(tmp_path):
+    other = save_pair(tmp_path / "other", odd_llama(1), pieces())
+    (tmp_path / "odd.txt").write_text("ab\nca\n")
+    score = odd_preference()
+    for value, source in (("separate", "policy"), ("preference", "score")):
+        config = toy_config(tmp_path, value=value, reference=other, prompts=str(tmp_path / "odd.txt"))
+        run = rlaif.prepare(config, score, None, odd_llama(), pieces())
+        source = run.policy.base_model if source == "policy" else score.model.base_model
+        assert all_equal(weights_of(run.value.trunk), weights_of(source)), f"{value}: another trunk"
+        assert not {*map(id, run.value.parameters())} & {*map(id, source.parameters())}, "it must be a copy"
+        assert all_equal(weights_of(run.reference), weights_of(odd_llama(1))), "the reference is another"
     assert toy_run(tmp_path, value="shared").value.trunk is None
 
 
+def test_train_is_the_two_halves_of_the_loop_and_the_random_numbers_are_the_runs_own(tmp_path):
+    """Whatever a score, a gold or a notebook seeds or draws, and what it measures, changes nothing."""
+    def seeding(prompts, responses):
+        torch.manual_seed(42)
+        return count_a(prompts, responses)
+    settings = {"learning_rate": 1e-3, "ppo_epochs": 1, "value_head": "random", "eval_samples": 2}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    policy = gpt2()
+    torch.manual_seed(7)
+    history = list(rlaif.train(toy_config(tmp_path, **settings), count_a, count_a, policy, letters()))
+    assert torch.equal(torch.rand(3), expected), "the caller's random numbers do not go on as before"
+    assert [m["iteration"] for m in history] == [1, 2, 3]
+    run, by_hand = toy_run(tmp_path, seeding, seeding, **settings), []
+    for number in range(3):
+        rollout = rlaif.roll_out(run)
+        torch.manual_seed(number)
+        by_hand.append(rlaif.update(run, rollout))
+        rlaif.evaluate(run)
+        torch.rand(number)
+    assert by_hand == history, "train is roll_out and update in turn"
+    assert all_equal(weights_of(policy), weights_of(run.policy)), "a policy that is passed in is trained"
+    other = list(rlaif.train(toy_config(tmp_path, seed=1, **settings), count_a, count_a, gpt2(), letters()))
+    assert other != history, "the seed changes nothing"
+    before = weights_of(run.policy)
+    for _ in range(2):
+        rlaif.update(run, rlaif.roll_out(run))
+    assert all_equal(before, weights_of(run.policy)), "after the last iteration the rate is 0, not negative"
+
+
+def with_head_bias(token, bias):
+    """A policy that writes the token always (1e4) or never (-1e4)."""
+    policy = gpt2()
+    policy.lm_head = torch.nn.Linear(32, 4)
+    torch.nn.init.constant_(policy.lm_head.bias, 0.0)
+    policy.lm_head.bias.data[token] = bias
+    return policy
+
+
 @pytest.mark.parametrize("setting", [{"value": "preference"}, {"dense_reward": True}])
-@pytest.mark.parametrize("score", [count_a, rlaif.PreferenceModel(
-    gpt2(7, kind=GPT2ForSequenceClassification, num_labels=1), letters("cbaxyz"), "{prompt}")])
+@pytest.mark.parametrize("score", [count_a, rlaif.PreferenceModel(scorer(7), letters("cbaxyz"), "{prompt}")])
 def test_a_score_that_cannot_be_read_token_by_token_is_refused_where_that_is_needed(tmp_path, setting, score):
-    with pytest.raises(ValueError, match="left to right, with the policy's own tokenizer"):
+    with pytest.raises(ValueError, match="left to right"):
         toy_run(tmp_path, score, **setting)
 
 
@@ -1975,65 +2081,84 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
     run = toy_run(tmp_path, iterations=1)
     rollout = rlaif.roll_out(run)
     with torch.no_grad():
-        run.policy.lm_head.weight.mul_(1.5)
+        run.policy.lm_head.weight.mul_(1.01)
     with pytest.warns(UserWarning, match="iteration 1: the ratio is off 1"):
         rlaif.update(run, rollout)
 
 
 @pytest.mark.parametrize("control", ["fixed", "batch"])
-def test_beta_is_kept_or_steered_by_the_kl_to_the_reference_once_the_batch_is_over(tmp_path, control):
-    run = toy_run(tmp_path, beta=0.5, beta_control=control, kl_target=0.5, kl_horizon=100.0, batch_size=16,
-                  minibatch_size=16, ppo_epochs=1, missing_eos_score=math.inf)
-    expected, kls = 0.5, []
+def test_beta_is_kept_or_steered_by_the_kl_of_whole_responses_once_the_batch_is_over(tmp_path, control):
+    run = odd_run(tmp_path, beta=0.2, beta_control=control, kl_target=5.0, kl_horizon=100.0, iterations=3)
+    run.beta, run.reference, kls = 0.5, copy.deepcopy(run.policy), []
     for _ in range(3):
-        metrics = rlaif.update(run, rlaif.roll_out(run))
-        assert metrics["beta"] == expected, "the beta of an iteration is set by the one before"
-        if control == "batch":
-            expected *= 1 + min(max(metrics["kl"] / 0.5 - 1, -0.2), 0.2) * 16 / 100
-        close(run.beta, expected, "beta is not steered by the mean KL of this batch's responses")
         expected = run.beta
-        kls.append(metrics["kl"])
-        assert run.rollout.prompts.count("ab") == 8, "every prompt is drawn as often as any other"
-        run.reference = gpt2(seed=1)  # from now on there is a KL
-    assert kls[0] < 0.5 < kls[1], "the example should lie on both sides of the target"
+        r = rlaif.roll_out(run)
+        assert sorted(r.prompts.count(prompt) for prompt in ODD_PROMPTS) == [3, 3, 4], (
+            "every prompt is drawn as often as any other, up to one")
+        metrics = rlaif.update(run, r)
+        assert metrics["beta"] == expected, "the beta of an iteration is set by the one before"
+        row_kl = torch.where(r.mask, r.logprobs - r.ref_logprobs, 0.0).sum(dim=1).mean().item()
+        if control == "batch":
+            expected *= 1 + min(max(row_kl / 5 - 1, -0.2), 0.2) * 10 / 100
+        close(run.beta, expected, "beta is not steered by the mean KL of this batch's responses", 1e-6)
+        kls.append((row_kl, row_kl / r.mask.sum(dim=1).float().mean().item()))
+        run.reference = odd_llama(1)  # from now on there is a KL
+    assert kls[0][0] < 5 < kls[1][0] and max(per_token for _, per_token in kls) < 5, (
+        "the KL should lie on both sides of the target, and per token on one")
 
 
-def test_where_no_response_ends_a_warning_says_once_what_to_do(tmp_path):
-    policy = gpt2()
-    policy.lm_head = torch.nn.Linear(32, 4)
-    torch.nn.init.constant_(policy.lm_head.bias, 0.0)
-    policy.lm_head.bias.data[EOS] = -1e4
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")
-        _, history = toy_train(tmp_path, policy=policy, missing_eos_score=-1.0, iterations=2, ppo_epochs=1)
-        assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
+def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_nothing_is_learned(tmp_path):
+    for never in (math.inf, -1.0):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
+            _, history = toy_train(tmp_path, policy=with_head_bias(EOS, -1e4), missing_eos_score=never,
+                                   iterations=1 if never == math.inf else 2, ppo_epochs=1)
         texts = [str(warning.message) for warning in said]
-        assert len(texts) == 1 and "no response ended" in texts[0], f"it must be said, and once: {texts}"
-        assert "max_new_tokens" in texts[0] and "missing_eos_score" in texts[0], "say the two ways out"
-        said.clear()
-        toy_train(tmp_path, policy=policy, missing_eos_score=math.inf, iterations=1)
-        assert not said, "where a missing EOS has no price, there is nothing to warn of"
+        if never == math.inf:
+            assert texts == [], "where a missing EOS has no price, there is nothing to warn of"
+    assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
+    assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
+    assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
+    with pytest.warns(UserWarning, match="max_new_tokens.*missing_eos_score"):  # a few end: not all is equal
+        toy_run(tmp_path, policy=with_head_bias(EOS, -2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy_run(tmp_path, policy=with_head_bias(EOS, 1.0))
 
 
-def test_where_there_is_no_eos_every_response_counts_as_finished(tmp_path):
+def test_where_there_is_no_eos_every_response_counts_as_finished(tmp_path, recwarn):
     policy, tokenizer = gpt2(), letters()
     policy.generation_config.eos_token_id, tokenizer.eos_token = None, None
     run = toy_run(tmp_path, policy=policy, tokenizer=tokenizer, missing_eos_score=-9.0, whiten_scores=False)
     rollout = rlaif.roll_out(run)
     close(rollout.scores, count_a([], rollout.responses), "a response that cannot end pays for its EOS", 1e-6)
     metrics = rlaif.update(run, rollout)
-    assert metrics["eos_fraction"] == 0 and metrics["length"] == 3
+    assert metrics["eos_fraction"] == 0 and metrics["length"] == 3 and not recwarn.list
 
 
-def test_bfloat16_ends_where_the_models_end(tmp_path):
-    run = toy_run(tmp_path, letter_preference(), dtype="bfloat16", eval_samples=2, dense_reward=True)
-    rlaif.evaluate(run)
-    metrics = rlaif.update(run, rlaif.roll_out(run))
-    assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
-    assert all(math.isfinite(value) for value in metrics.values())
-    half = {name for name, x in tensors_of(run.rollout).items() if x.dtype == torch.bfloat16}
-    assert not half, f"{half} should be float32 at least"
-    assert all(p.dtype == torch.float32 for p in [*run.policy.parameters(), *run.value.parameters()])
+def test_what_cannot_learn_is_an_error_or_a_warning(tmp_path):
+    with pytest.raises(ValueError, match="policy.*nothing can be learned"):
+        toy_run(tmp_path, policy=gpt2().requires_grad_(False))
+    policy = gpt2().requires_grad_(False)
+    policy.unused = torch.nn.Parameter(torch.zeros(1))
+    with pytest.warns(UserWarning, match="moved no parameter"):
+        toy_train(tmp_path, policy=policy, iterations=1, missing_eos_score=math.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy_train(tmp_path, iterations=1, missing_eos_score=math.inf)
+
+
+def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_path):
+    run = toy_run(tmp_path)
+    rlaif.roll_out(run)
+    for count, explained in enumerate([-0.6] * 4 + [-0.4] + [-0.6] * 7):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            moved = torch.ones(1)
+            next(run.policy.parameters()).grad = moved.expand_as(next(run.policy.parameters())).clone()
+            rlaif.record(run, {"eos_fraction": 1.0, "explained_variance": explained})
+        assert [("value_head" in str(w.message)) for w in said] == [True] * (count == 9), (
+            "once, after the fifth in a row below -0.5")
 
 
 def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypatch):
@@ -2045,7 +2170,7 @@ def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypa
         return called
     for module, name in ((rlaif, "pad"), (rlaif, "score_responses"), (torch, "randperm")):
         monkeypatch.setattr(module, name, on_cpu(getattr(module, name)))  # what they make is moved afterwards
-    run = toy_run(tmp_path, letter_preference(), dense_reward=True, value_head="random", entropy_coef=0.1)
+    run = odd_run(tmp_path, odd_preference(), dense_reward=True, entropy_coef=0.1)
     with torch.device("meta"):
         rollout = rlaif.roll_out(run)
         metrics = rlaif.update(run, rollout)
@@ -2053,152 +2178,107 @@ def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypa
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_or_losses_that_stop_being_finite_stop_the_run_and_name_the_iteration(tmp_path, bad):
-    calls = []
+def test_what_stops_being_finite_stops_the_run_and_names_the_iteration(tmp_path):
+    calls, out = [], str(tmp_path / "run")
 
     def score(prompts, responses):
         calls.append(1)
-        return [bad if len(calls) == 3 else 1.0] * len(responses)
+        return [math.nan if len(calls) == 3 else 1.0 + i for i in range(len(responses))]
     with pytest.raises(FloatingPointError, match="iteration 3: .*score.*checkpoint is in .*run"):
-        toy_train(tmp_path, score=score, out=str(tmp_path / "run"), save_every=1, missing_eos_score=math.inf,
-                  ppo_epochs=1)
+        toy_train(tmp_path, score=score, out=out, save_every=1, missing_eos_score=math.inf, ppo_epochs=1)
+    for large in (3e19, math.inf):
+        with pytest.raises(FloatingPointError, match="iteration 1: .*score"):
+            toy_train(tmp_path, score=lambda p, r: [large] + [1.0] * (len(r) - 1))
     policy = gpt2()
-    with pytest.raises(FloatingPointError, match="iteration 1: the loss"):
-        toy_train(tmp_path, score=lambda p, r: [3e38] * (len(r) - 1) + [-3e38], policy=policy,
-                  whiten_scores=False, whiten_advantages=False, missing_eos_score=math.inf)
-    assert all(torch.isfinite(p).all() for p in policy.parameters()), "a step was taken on a loss of NaN"
     policy.lm_head.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(FloatingPointError, match="iteration 1: the loss or its gradient"):
+    with pytest.raises(FloatingPointError, match="iteration 1: the gradient"):
         toy_train(tmp_path, policy=policy, missing_eos_score=math.inf)
+    run = toy_run(tmp_path, policy=policy)
+    with pytest.raises(FloatingPointError, match="iteration 1: the loss"):
+        rlaif.update(run, rlaif.roll_out(run), lambda logprobs, rows: logprobs * math.nan)
     assert all(torch.isfinite(p).all() for p in policy.parameters()), "a step was taken"
 
 
 def test_evaluation_measures_the_policy_and_moves_nothing_of_the_run(tmp_path):
-    run = toy_run(tmp_path, gold=world.gold_scores, eval_samples=150, batch_size=64,
-                  missing_eos_score=math.inf)
+    run = toy_run(tmp_path, gold=minus_a, eval_samples=150, batch_size=64, missing_eos_score=math.inf)
     run.reference, run.held_out = gpt2(seed=1), ["c", "ab"]
     rollout = rlaif.roll_out(run)
-    kept, random_state = copy.deepcopy(tensors_of(rollout)), torch.get_rng_state()
+    kept, random_state = copy.deepcopy(tensors_of(rollout)), [x for x in run.random if x is not None]
     means, replies = rlaif.evaluate(run)  # 300 replies, in five batches, the last of them smaller
-    assert torch.equal(random_state, torch.get_rng_state()), "measuring moved the run's random numbers"
+    assert all_equal(random_state, [x for x in run.random if x is not None]), "it moved the random numbers"
     assert run.rollout is rollout and run.iteration == 0 and run.beta == run.config.beta
     assert all(torch.equal(x, kept[name]) for name, x in tensors_of(rollout).items())
     assert [row["prompt"] for row in replies] == ["c", "ab"] * 150, "it is measured on the held-out prompts"
     torch.rand(1)
     assert rlaif.evaluate(run)[1] == replies, "the same policy must give the same replies"
+    assert rlaif.evaluate(run, ["ba"], at_most=7)[1] == rlaif.evaluate(run, ["ba"] * 7, at_most=7)[1]
+    assert rlaif.evaluate(run, at_most=101)[1][100]["prompt"] == "c"
 
-    fields = "score", "gold", "kl", "length", "eos_fraction", "fluency"
-    for name in fields:
+    lengths = [row["length"] for row in replies]
+    assert len(set(lengths)) > 1, "replies of one length would not tell a mean from a mean of means"
+    for name in ("score", "gold", "kl", "length", "eos_fraction"):
         close(means[name], statistics.fmean(row[name] for row in replies), f"{name} is not the mean", 1e-5)
-    assert all(row["fluency"] == world.is_fluent(row["response"]) for row in replies)
-    logprobs, ref = ([enumerate_logprobs(model, ids) for ids in ([0, 1], [2])]
+    close(means["entropy"], sum(row["entropy"] for row in replies) / sum(lengths), "not per token", 1e-5)
+    logprobs, ref = ([enumerate_logprobs(model, ids) for ids in ([2], [0, 1])]
                      for model in (run.policy, run.reference))
     kl = {(prompt, text): (p[i] - q[i]).sum().item()
-          for prompt, p, q in zip(("ab", "c"), logprobs, ref) for i, text in enumerate(TEXTS)}
+          for prompt, p, q in zip(("c", "ab"), logprobs, ref) for i, text in enumerate(TEXTS)}
     close([row["kl"] for row in replies], [kl[row["prompt"], row["response"]] for row in replies],
           "the KL of a reply is over its own tokens", 1e-4)
-    scores, lengths = torch.tensor(count_a([], TEXTS)), ALL_MASK.sum(dim=1)
-    for name, per_text, slack in (("score", [scores, scores], 0.15), ("length", [lengths, lengths], 0.15),
-                                  ("kl", [p.sum(1) - q.sum(1) for p, q in zip(logprobs, ref)], 0.3),
-                                  ("eos_fraction", [(ALL_TOKENS == EOS).any(dim=1)] * 2, 0.1)):
-        exact = statistics.fmean((p.sum(1).exp() * x).sum().item() for p, x in zip(logprobs, per_text))
-        assert abs(means[name] - exact) < slack, f"{name} is {means[name]}, by enumeration {exact}"
-    entropy = statistics.fmean(-(p.sum(1).exp() * p.sum(1)).sum().item() for p in logprobs)
-    assert abs(means["entropy"] * means["length"] - entropy) < 0.2, "entropy is per token"
-    assert {row["prompt"] for row in rlaif.evaluate(run, ["ba"])[1]} == {"ba"}
 
 
 def test_a_token_table_has_the_numbers_of_its_row_and_fits_a_terminal(tmp_path):
-    run = toy_run(tmp_path, value_head="random", batch_size=8, missing_eos_score=-1.0)
-    run.reference = gpt2(seed=1)
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": 50 * "a\n"}))
+    run = toy_run(tmp_path, policy=gpt2(context=128), tokenizer=letters("a\n\t"), value_head="random",
+                  prompts=str(tmp_path / "odd.jsonl"), missing_eos_score=-1.0)
+    run.reference = gpt2(seed=1, context=128)
     r = rlaif.roll_out(run)
+    assert {1, 2} & set(r.tokens[r.mask].tolist()), "the example should hold a line end or a tab"
     assert rlaif.token_table(run) == rlaif.token_table(run, 0)
     for row in range(8):
         prompt, score, names, *lines = rlaif.token_table(run, row).splitlines()
-        length = int(r.mask[row].sum())
-        assert len(lines) == length, "one line for each token of the response, and none for padding"
-        assert max(map(len, (prompt, score, names, *lines))) <= 80
-        assert prompt.startswith("prompt: ") and r.prompts[row] in prompt
+        assert len(lines) == r.mask[row].sum(), "one line for each token, whatever is in it, none for padding"
+        assert max(map(len, (prompt, score, names, *lines))) <= 80 and "a\\na\\n" in prompt
         assert re.findall(r"-?\d+\.\d+", score) == [f"{x[row]:.2f}" for x in (r.raw_scores, r.scores)]
         assert len(names.split("  ")) >= 8, "every column has a name"
         for t, line in enumerate(lines):
             token, *numbers = line.split()
-            assert token == run.tokenizer.decode([r.tokens[row, t]])
+            assert token == {0: "a", 1: "\\n", 2: "\\t", 3: "<eos>"}[r.tokens[row, t].item()]
             expected = [x[row, t] for x in (r.logprobs, r.ref_logprobs, r.kl, r.rewards, r.returns, r.values,
                                             r.advantages, r.whitened)]
             close([float(x) for x in numbers], expected, "a number of another token", atol=0.00501)
 
 
-def test_a_token_table_has_one_line_for_a_token_whatever_is_in_it(tmp_path):
-    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": 50 * "a\n"}))
-    run = toy_run(tmp_path, policy=gpt2(context=128), tokenizer=letters("a\n\t"),
-                  prompts=str(tmp_path / "odd.jsonl"))
-    rollout = rlaif.roll_out(run)
-    assert {1, 2} & set(rollout.tokens[rollout.mask].tolist()), "the example should hold a line end or a tab"
-    for row in range(len(rollout.mask)):
-        lines = rlaif.token_table(run, row).splitlines()
-        assert len(lines) == 3 + rollout.mask[row].sum(), "one line for a token"
-        assert max(map(len, lines)) <= 80, "it must fit a terminal"
-
-
-JUDGED = {"judge": "judge", "constitution": "two.txt"}
-STEERED = {"beta_control": "batch", "iterations": 2}
-CHANGES = {  # every setting: what must change with it, its values, and what must be set for it to matter
-    "policy": ("metrics", ["policy", "other"], {}),
-    "reference": ("metrics", [None, "other"], {}),
-    "preference": ("metrics", ["preference", "other preference"], {}),
-    "judge": ("metrics", [None, "judge"], {}),
-    "constitution": ("metrics", [None, "two.txt"], {"judge": "judge"}),
-    "principles": ("metrics", ["all", "one"], JUDGED),
-    "prompts": ("metrics", ["p.txt", "p.jsonl"], {}),
-    "eval_prompts": ("replies", [None, "p.jsonl"], {}),
-    "template": ("metrics", ["{prompt}", "a{prompt}"], {}),
-    "gold": ("metrics", [None, "truth:gold"], {}),
-    "out": ("files", [None, "new"], {}),
-    "pairs": ("metrics", [8, 9], JUDGED),
-    "preference_epochs": ("metrics", [1, 2], JUDGED),
-    "preference_learning_rate": ("metrics", [1e-3, 1e-2], JUDGED),
-    "iterations": ("metrics", [1, 2], {}),
-    "batch_size": ("metrics", [8, 6], {}),
-    "minibatch_size": ("metrics", [4, 8], {}),
-    "ppo_epochs": ("metrics", [1, 2], {}),
-    "max_new_tokens": ("metrics", [3, 2], {}),
-    "temperature": ("metrics", [0.7, 1.3], {}),
-    "beta": ("metrics", [0.2, 0.6], {}),
-    "kl_level": ("metrics", ["token", "sequence", "batch"], {}),
-    "kl_estimator": ("metrics", ["k1", "k2", "k3"], {}),
-    "beta_control": ("metrics", ["fixed", "batch"], {"iterations": 2}),
-    "kl_target": ("metrics", [0.01, 9.0], STEERED),
-    "kl_horizon": ("metrics", [50.0, 100.0], STEERED),
-    "whiten_scores": ("metrics", [True, False], {}),
-    "dense_reward": ("metrics", [False, True], {}),
-    "missing_eos_score": ("metrics", [-1.0, 0.0, math.inf], {}),
-    "value": ("metrics", ["shared", "separate", "preference"], {}),
-    "value_head": ("metrics", ["random", "zero"], {}),
-    "gamma": ("metrics", [1.0, 0.5], {}),
-    "lam": ("metrics", [0.95, 0.5], {}),
-    "whiten_advantages": ("metrics", [True, False], {}),
-    "clip": ("metrics", [0.01, math.inf], {}),
-    "value_clip": ("metrics", [0.001, math.inf], {"ppo_epochs": 2}),
-    "value_coef": ("metrics", [0.5, 0.1], {}),
-    "entropy_coef": ("metrics", [0.0, 0.5], {}),
-    "stop_kl": ("metrics", [math.inf, 1e-6], {}),
-    "learning_rate": ("metrics", [1e-2, 1e-3], {}),
-    "adam_epsilon": ("metrics", [1e-5, 1e-1], {}),
-    "max_grad_norm": ("metrics", [1.0, 0.01], {}),
-    "seed": ("metrics", [0, 1], {}),
-    "device": ("error", ["cpu", "meta"], {}),
-    "dtype": ("metrics", ["float32", "bfloat16"], {}),
-    "eval_samples": ("replies", [1, 2], {}),
-    "save_every": ("checkpoints", [1, 2], {"out": "new", "iterations": 3}),
-    "resume": ("metrics", [None, "finished"], {"out": None}),
-}
+INF, BOTH = math.inf, [True, False]
+CHANGES = {  # what a run does -> settings of which it must depend, and values of each
+    "metrics": {
+        "policy": ["policy", "other"], "reference": [None, "other"], "preference": ["preference", "second"],
+        "judge": [None, "judge"], "constitution": [None, "two.txt"], "prompts": ["p.txt", "p.jsonl"],
+        "template": ["{prompt}", "a{prompt}"], "gold": [None, "truth:gold"], "pairs": [8, 9],
+        "preference_epochs": [1, 2], "preference_learning_rate": [1e-3, 1e-2], "iterations": [1, 2],
+        "batch_size": [8, 6], "minibatch_size": [4, 8], "ppo_epochs": [1, 2], "max_new_tokens": [3, 2],
+        "temperature": [0.7, 1.3], "beta": [0.2, 0.6], "kl_level": ["token", "sequence", "batch"],
+        "kl_estimator": ["k1", "k2", "k3"], "beta_control": ["fixed", "batch"], "kl_target": [0.01, 9.0],
+        "kl_horizon": [50.0, 100.0], "whiten_scores": BOTH, "dense_reward": [False, True],
+        "missing_eos_score": [-1.0, 0.0, INF], "value": ["shared", "separate", "preference"],
+        "value_head": ["random", "zero"], "gamma": [1.0, 0.5], "lam": [0.95, 0.5], "whiten_advantages": BOTH,
+        "clip": [0.01, INF], "value_clip": [0.001, INF], "value_coef": [0.5, 0.1], "entropy_coef": [0.0, 0.5],
+        "stop_kl": [INF, 1e-6], "learning_rate": [1e-2, 1e-3], "adam_epsilon": [1e-5, 1e-1],
+        "max_grad_norm": [1.0, 0.01], "seed": [0, 1], "dtype": ["float32", "bfloat16"],
+        "resume": [None, "finished"]},
+    "replies": {"eval_prompts": [None, "p.jsonl"], "eval_samples": [1, 2]}, "files": {"out": [None, "new"]},
+    "passes": {"micro_batch_size": [64, 3]}, "checkpoints": {"save_every": [1, 2]},
+    "error": {"device": ["cpu", "meta"]}}
+JUDGED, STEERED = {"judge": "judge", "constitution": "two.txt"}, {"beta_control": "batch", "iterations": 2}
+MATTERS_WITH = {  # what must be set for a setting to matter
+    "constitution": {"judge": "judge"}, "pairs": JUDGED, "preference_epochs": JUDGED,
+    "preference_learning_rate": JUDGED, "beta_control": {"iterations": 2}, "kl_target": STEERED,
+    "kl_horizon": STEERED, "value_clip": {"ppo_epochs": 2}, "save_every": {"out": "new", "iterations": 3}}
 
 
 def observed(settings, passed, reference=None, measured=False):
     """What a run with these settings can be seen to do."""
-    seen = {"metrics": [], "checkpoints": [], "files": [], "replies": [], "error": ""}
+    seen = {"metrics": [], "checkpoints": [], "files": [], "replies": [], "passes": [], "error": ""}
     try:
         run = rlaif.prepare(rlaif.Config(**settings), **passed)
     except ValueError as error:
@@ -2206,75 +2286,42 @@ def observed(settings, passed, reference=None, measured=False):
     run.reference = reference or run.reference
     if measured:
         seen["replies"] = rlaif.evaluate(run)[1]
-    while run.iteration < run.config.iterations:
-        metrics = rlaif.update(run, rlaif.roll_out(run))
-        rlaif.record(run, metrics)
-        seen["metrics"].append(without_timings(metrics))
+    run.policy.register_forward_pre_hook(lambda policy, args, given: seen["passes"].append(
+        len(given["input_ids"])), with_kwargs=True)
+    for metrics in rlaif.iterate(run):
+        seen["metrics"].append(metrics)
         if settings["out"]:
-            seen["checkpoints"].append(torch.load(f"{settings['out']}/checkpoint.pt")["iteration"])
+            path = pathlib.Path(settings["out"], "checkpoint.pt")
+            seen["checkpoints"].append(path.exists() and torch.load(path)["iteration"])
             seen["files"] = sorted(os.listdir(settings["out"]))
     return seen
 
 
-@pytest.mark.filterwarnings("ignore:no response ended")
+@pytest.mark.filterwarnings("ignore")
 def test_no_setting_is_ignored(bench, tmp_path, monkeypatch, capsys):
-    assert set(CHANGES) == {field.name for field in dataclasses.fields(rlaif.Config)}, "one is not tested"
+    start = {name: values[0] for settings in CHANGES.values() for name, values in settings.items()}
+    assert set(start) == {field.name for field in dataclasses.fields(rlaif.Config)}, "one is not tested"
     for name in os.listdir(bench):
         (tmp_path / name).symlink_to(bench / name)
     monkeypatch.chdir(tmp_path)
-    start, known, ignored = {name: values[0] for name, (_, values, _) in CHANGES.items()}, {}, []
     observed({**start, "out": "finished"}, {})
-    reference, score = gpt2(seed=1), letter_preference()  # another reference: there is a KL from the start
-    for name, (what, values, others) in CHANGES.items():
+    reference, score, known = gpt2(seed=1), letter_preference(), {}  # a KL from the start
+    for what, name in [(what, name) for what, settings in CHANGES.items() for name in settings]:
         runs = []
-        for value in values:
+        for value in CHANGES[what][name]:
+            others = MATTERS_WITH.get(name, {})
             settings = {**start, **others, name: value}
             if name == "resume" and value:
                 settings = {"out": None, "resume": value}
             shutil.rmtree("new", ignore_errors=True)
-            from_files = bool({"policy", "reference", "preference", "judge", "resume"} & {name, *others})
-            measured = what == "replies"
-            key = str((settings, from_files, measured))
-            if key not in known and from_files:
-                known[key] = observed(settings, {}, None, measured)
-            elif key not in known:
-                passed = {"policy": gpt2(), "tokenizer": letters(), "score": score}
-                known[key] = observed(settings, passed, reference, measured)
+            from_files = {"policy", "reference", "preference", "judge", "resume"} & {name, *others}
+            passed = {} if from_files else {"policy": gpt2(), "tokenizer": letters(), "score": score}
+            key = str((settings, bool(from_files), what == "replies"))
+            if key not in known:
+                known[key] = observed(settings, passed, None if from_files else reference, what == "replies")
             runs.append(known[key])
         assert runs[0]["error"] == "", f"{name}: {runs[0]['error']}"
-        ignored += [name for a, b in itertools.combinations(runs, 2) if a[what] == b[what]]
-    assert not ignored, f"{ignored} change nothing"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The exact optimum
-# ------------------------------------------------------------------------------------------------------------
-
-
-EXACT = {0.3: (80, 0.85), 1.0: (200, 0.99), 3.0: (200, 0.99)}  # beta -> iterations, share of the gap closed
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_runs(request, tmp_path_factory):
-    """{(beta, seed): the future of what exact_run gives}, where its test is to run: in two processes beside
-    the other tests', from their start."""
-    runs = {}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        if any("exact_optimum" in item.name for item in request.session.items):
-            runs = {(beta, seed): pool.submit(exact_run, tmp_path_factory.mktemp("exact"), beta, seed, steps)
-                    for beta, (steps, _) in EXACT.items() for seed in range(3)}
-        yield runs
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("beta", EXACT)
-def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(exact_runs, beta, seed):
-    """The whole loop against a number, J* = beta log E_ref exp(r / beta): it fails for a wrong sign, a wrong
-    weight, a temperature missing on one side, an EOS left out or a leak of padding anywhere."""
-    run = exact_runs[beta, seed].result()
-    assert run.end.objective <= run.best.objective + 1e-5, "no policy can pass the optimum: is the sum wrong?"
-    assert run.gap_closed >= EXACT[beta][1], f"only {run.gap_closed:.1%} of the gap to the optimum is closed"
+        assert all(a[what] != b[what] for a, b in itertools.combinations(runs, 2)), f"{name} changes nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2286,10 +2333,6 @@ def bert(kind, **settings):
     return getattr(transformers, f"Bert{kind}")(transformers.BertConfig(**{
         "vocab_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5, **settings})).eval()
-
-
-def scorer(seed=0, outputs=1):
-    return gpt2(seed=seed, kind=GPT2ForSequenceClassification, num_labels=outputs)
 
 
 def spoilt(model):
@@ -2305,20 +2348,12 @@ def bench(tmp_path_factory):
     roberta = transformers.RobertaConfig(
         vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32, is_decoder=True, initializer_range=0.5, pad_token_id=4)
-    bart = transformers.BartConfig(
-        vocab_size=5, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
-        pad_token_id=4, bos_token_id=0, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None)
-    t5 = transformers.T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-                               num_labels=1, decoder_start_token_id=0)
     for name, model in {
         "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32), "wide": gpt2(5),
-        "nan": spoilt(gpt2()), "preference": scorer(), "other preference": scorer(1),
+        "nan": spoilt(gpt2()), "preference": scorer(), "second": scorer(1),
         "two": scorer(outputs=2), "truncated": scorer(),
-        "pickled": scorer(), "custom": gpt2(), "damaged": gpt2(), "resized": gpt2(), "no tokenizer": gpt2(),
+        "pickled": scorer(), "custom": gpt2(), "resized": gpt2(), "no tokenizer": gpt2(),
         "bert": bert("ForSequenceClassification", num_labels=1), "encoder": bert("ForMaskedLM"),
-        "bart": transformers.BartForConditionalGeneration(bart),
-        "t5": transformers.T5ForSequenceClassification(t5),
         "mamba": MambaForCausalLM(MambaConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1)),
         "roberta": transformers.RobertaForCausalLM(roberta),
     }.items():
@@ -2328,7 +2363,6 @@ def bench(tmp_path_factory):
     save_pair(folder / "odd judge", judge, random_judge(chat_template="{{ messages[7].content + 1 }}")[1])
     save_pair(folder / "nan judge", spoilt(judge), judge_tokenizer)
 
-    (folder / "damaged" / "config.json").write_text('{"model_type": "gpt2"')
     for file in (folder / "no tokenizer").glob("*token*"):
         file.unlink()
     for name, change in {"custom": {"model_type": "own", "auto_map": {"AutoConfig": "own.Own",
@@ -2347,8 +2381,10 @@ def bench(tmp_path_factory):
     for name, data in {
         "p.txt": b"ab\nc\n", "p.jsonl": b'{"prompt": "ba"}\n{"prompt": "c", "other": 1}\n', "empty.txt": b"",
         "blank.txt": b"ab\n \nc", "latin.txt": "a\n\u00e9".encode("latin-1"), "other.txt": "\u0436".encode(),
-        "long.txt": b"ab\n" + b"a" * 15, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
-        "two.txt": b"ab\ncd\n", "surrogate.jsonl": b'{"prompt": "\\ud800"}\n',
+        "long.txt": b"ab\n" + b"a" * 14, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
+        "two.txt": b"ab\ncd\n", "surrogate.jsonl": b'{"prompt": "\\ud800"}\n', "p.csv": b"prompt\nab\n",
+        "said.jsonl": b'{"messages": [{"role": "assistant", "content": "b"}]}',
+        "eos.txt": b"ab\nc<eos>a\n",
         "truth.py": b"def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
     }.items():
         (folder / name).write_bytes(data)
@@ -2357,10 +2393,8 @@ def bench(tmp_path_factory):
 
 def run_main(capsys, *argv):
     """The command line -> its exit code, what it printed, and what it said of errors."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     capsys.readouterr()
     code = rlaif.main([str(arg) for arg in argv])
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, err
@@ -2369,7 +2403,7 @@ def run_main(capsys, *argv):
 def assert_no_line_wraps(out, err):
     """In a terminal of 80 columns; a bar is written over with carriage returns."""
     too_long = [line for line in re.split(r"[\n\r]", out + err) if len(line) > 80]
-    assert not too_long, "it wraps"
+    assert not too_long, f"it wraps: {too_long}"
 
 
 @pytest.fixture
@@ -2381,61 +2415,27 @@ def no_pictures(monkeypatch):
 TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2, "--batch_size", 4,
              "--minibatch_size", 4, "--ppo_epochs", 1, "--eval_samples", 1, "--device", "cpu"]
 BENCH_FLAGS = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS]
-BAD_FLAGS = {
-    ("--beta", -0.1): "beta must be from 0",
-    ("--beta", "nan"): "beta must be from 0",
-    ("--beta", "high"): "--beta: invalid float value: 'high'",
-    ("--kl_level", "word"): "--kl_level",
-    ("--iterations", 0): "iterations must be from 1",
-    ("--temperature", 1e-38): "temperature must be from 1e-09",
-    ("--gamma", 1.5): "gamma must be from 0 to 1",
-    ("--batch_size", 1): "batch_size must be from 2",
-    ("--beta", 0, "--beta_control", "batch"): "beta_control",
-    ("--seed", 2**63): "seed must be from 0",
-    ("--template", "no place"): "template must hold {prompt} once",
-    ("--template", "{prompt} {"): "template must hold {prompt} once",
-    ("--prompts", ""): "prompts must be",
-    ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
-    ("--prompts", "policy"): "prompts policy",
-    ("--prompts", "empty.txt"): "prompts empty.txt, line 1",
-    ("--prompts", "blank.txt"): "prompts blank.txt, line 2",
-    ("--prompts", "latin.txt"): "prompts latin.txt, line 2, is not a line of UTF-8 text",
-    ("--prompts", "other.txt"): "prompts other.txt, line 1: the policy's tokenizer cannot write it",
-    ("--prompts", "broken.jsonl"): 'prompts broken.jsonl, line 2, is not a JSON object with a "prompt"',
-    ("--prompts", "surrogate.jsonl"): "prompts surrogate.jsonl, line 1",
-    ("--eval_prompts", "long.txt"): "eval_prompts long.txt, line 2: 15 tokens of prompt and 3 of response",
-    ("--policy", "./nowhere"): "policy: there is no folder ./nowhere",
-    ("--policy", "policy/nowhere"): "policy: there is no folder policy/nowhere",
-    ("--policy", "damaged"): "policy: cannot load a model from damaged",  # not its tokenizer
-    ("--policy", "resized"): "policy: cannot load a model from resized: its weights do not fill",
-    ("--policy", "custom"): "policy: cannot load a model from custom",
-    ("--policy", "no tokenizer"): "policy: ",
-    ("--policy", "narrow"): "its tokenizer writes ids up to 8, its embedding has 4 rows",
-    ("--policy", "nan"): "policy: this GPT2LMHeadModel cannot be used: its logits are not finite, or",
-    ("--policy", "mamba"): "policy: this MambaForCausalLM cannot be used",
-    ("--policy", "roberta"): "policy: this RobertaForCausalLM cannot be used: its logits are not finite, or",
-    ("--policy", "encoder"): "policy: this BertLMHeadModel cannot be used: its logits",
-    ("--policy", "bart"): "policy: cannot load a model from bart",
-    ("--reference", "policy", "--policy", "long"): "reference: its vocabulary or its context",
-    ("--reference", "wide"): "reference: its vocabulary or its context is not the policy's",
-    ("--preference", "policy"): "preference: cannot load a model from policy: its weights do not fill score",
-    ("--preference", "two"): "it has 2 outputs, needs exactly one",
-    ("--preference", "truncated"): "preference: cannot load a model from truncated",
-    ("--preference", "pickled"): "preference: cannot load a model from pickled",
-    ("--preference", "t5"): "preference: this T5ForSequenceClassification cannot be used",
-    ("--preference", "bert", "--value", "preference"): "left to right, with the policy's own tokenizer",
-    ("--preference", "bert", "--dense_reward"): "left to right, with the policy's own tokenizer",
-    ("--judge", "nan judge"): "judge: nan judge cannot be asked: its logits are not finite",
-    ("--judge", "odd judge"): "judge: odd judge cannot be asked",
-    ("--judge", "policy"): "its tokenizer writes the answers A and B alike",
-    ("--judge", "judge", "--constitution", "empty.txt"): "constitution empty.txt, line 1",
-    ("--gold", "nowhere:f"): "gold: cannot import 'nowhere:f'",
-    ("--gold", "math:pi"): "gold: cannot import 'math:pi'",
-    ("--device", "abacus"): "device: 'abacus' cannot be used",
-    ("--device", "meta"): "cannot be used",
-    ("--resume", "nowhere"): "resume: nowhere/config.json is not the config of a run",
-    ("--resume", "not a run"): "resume: not a run/config.json is not the config of a run",
-    ("--out", "p.txt"): "out: p.txt",
+BAD_FLAGS = {  # flags -> words of which each must be in the sentence
+    ("--beta", "nan"): "beta", ("--temperature", 1e-38): "temperature",
+    ("--beta", 0, "--beta_control", "batch"): "beta_control", ("--template", "{prompt} {"): "template",
+    ("--prompts", "nowhere.txt"): "prompts nowhere.txt", ("--prompts", "empty.txt"): "empty.txt 1",
+    ("--prompts", "blank.txt"): "blank.txt 2", ("--prompts", "latin.txt"): "latin.txt UTF-8",
+    ("--prompts", "other.txt"): "other.txt 1 tokenizer", ("--prompts", "broken.jsonl"): "broken.jsonl 2",
+    ("--prompts", "surrogate.jsonl"): "surrogate.jsonl 1", ("--prompts", "p.csv"): "p.csv",
+    ("--prompts", "said.jsonl"): "said.jsonl 1 user", ("--prompts", "eos.txt"): "eos.txt 2 special",
+    ("--eval_prompts", "long.txt"): "eval_prompts long.txt 2 policy context",
+    ("--policy", "policy/nowhere"): "policy folder", ("--policy", "resized"): "policy resized fill",
+    ("--policy", "custom"): "policy custom", ("--policy", "no tokenizer"): "policy tokenizer",
+    ("--policy", "narrow"): "policy 8 4", ("--policy", "nan"): "policy GPT2",
+    ("--policy", "mamba"): "policy Mamba", ("--policy", "roberta"): "policy Roberta padding",
+    ("--policy", "encoder"): "policy Bert",
+    ("--reference", "policy", "--policy", "long"): "reference context",
+    ("--reference", "wide"): "reference vocabulary",
+    ("--preference", "policy"): "preference policy fill score", ("--preference", "two"): "preference 2 one",
+    ("--preference", "truncated"): "preference truncated", ("--preference", "pickled"): "preference pickled",
+    ("--judge", "nan judge"): "judge finite", ("--judge", "odd judge"): "element 7",
+    ("--judge", "policy"): "judge A B", ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
+    ("--resume", "not a run"): "resume not a run/config.json", ("--out", "p.txt"): "out p.txt",
     ("--no_such_flag", 1): "no_such_flag",
 }
 
@@ -2445,55 +2445,68 @@ def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(
         flag, bench, capsys, monkeypatch, no_pictures):
     monkeypatch.chdir(bench)
     before = sorted(bench.rglob("*"))
-    code, _, err = run_main(capsys, *BENCH_FLAGS, *flag)
+    code, out, err = run_main(capsys, *BENCH_FLAGS, *flag)
     message = [line for line in err.splitlines() if line.strip()]
-    assert code == 2 and len(message) == 1 and message[0].startswith("rlaif: "), err
-    assert BAD_FLAGS[flag] in message[0]
+    assert code == 2 and len(message) == 1 and message[0].startswith("rlaif: ") and not out, err
+    assert all(word in message[0] for word in BAD_FLAGS[flag].split()), message[0]
     assert sorted(bench.rglob("*")) == before, "nothing may be written before all is known to be good"
 
 
-@pytest.mark.filterwarnings("ignore:no response ended")
+@pytest.mark.parametrize("flags", [["--beta", "high"], ["--kl_level", "word"]])
+def test_a_flag_that_argparse_does_not_take_ends_with_its_own_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        rlaif.main(flags)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("usage: ") and flags[0] in said
+    assert len(said.splitlines()) < 10, "its whole usage would hide what is wrong"
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["GPT-2", "Llama", "OPT"])
 def test_any_policy_with_any_preference_model_and_its_own_tokenizer(
         architecture, tmp_path, capsys, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     policy = save_pair(tmp_path / "policy", ARCHITECTURES[architecture]().bfloat16(), letters())
-    torch.manual_seed(1)
-    if architecture == "GPT-2":
-        model = gpt2(6, kind=GPT2ForSequenceClassification, num_labels=1)
-    elif architecture == "Llama":
+    model = scorer(vocabulary=6) if architecture == "GPT-2" else bert(
+        "ForSequenceClassification", vocab_size=6, num_labels=1)
+    if architecture == "Llama":
         model = modern(Qwen2Config, Qwen2ForSequenceClassification, vocab_size=6, num_labels=1)
-    else:
-        model = bert("ForSequenceClassification", vocab_size=6, num_labels=1)
     preference = save_pair(tmp_path / "preference", model, letters("xcbay", pad_token="x"))
-    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c", "other": 1}\n')
     flags = ["--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c", "other": 1}\n')
     code, out, err = run_main(capsys, *flags)
     assert code == 0, err
-    assert "before" in out and "seconds: generate" in out and "matplotlib" in out
+    assert "before" in out and "matplotlib" in out
     run = tmp_path / "runs" / "seed-0"
-    assert {path.name for path in run.iterdir()} == {"policy", "config.json", "metrics.jsonl", "samples.md",
-                                                     "checkpoint.pt"}
+    assert {path.name for path in run.iterdir()} == {"policy", "config.json", "before.json", "metrics.jsonl",
+                                                     "samples.md", "checkpoint.pt"}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    trained = AutoModelForCausalLM.from_pretrained(run / "policy")
-    assert trained.dtype == torch.float32
-    assert transformers.AutoTokenizer.from_pretrained(run / "policy").padding_side == "left"
+    assert AutoModelForCausalLM.from_pretrained(run / "policy").dtype == torch.float32
     code, _, err = run_main(capsys, *flags)
-    assert code == 2 and "already holds a run" in err, "a run may not be written over"
+    assert code == 2 and "--resume" in err, "a run may not be written over"
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, no_pictures):
     monkeypatch.chdir(bench)
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "run"
     code, said, err = run_main(capsys, *BENCH_FLAGS, "--judge", "judge", "--constitution", "two.txt",
-                               "--pairs", 40, "--preference_epochs", 1, "--beta", 0.5, "--out", out)
+                               "--template", "a{prompt}\\nb", "--pairs", 40, "--preference_epochs", 1,
+                               "--beta", 0.5, "--out", out)
     assert code == 0, err
-    assert "preference model: " in said + err
+    assert f"--resume {out}" in said and "both orders" in said and "ln 2" in said
     assert_no_line_wraps(said.replace(str(out), ""), err)
-    model, tokenizer = rlaif.load(AutoModelForSequenceClassification, str(out / "preference"), "preference",
-                                  "cpu")
-    assert len(rlaif.PreferenceModel(model, tokenizer, "{prompt}")(["ab"], ["a"])) == 1
+    for name, side in (("preference", "right"), ("policy", "left")):
+        assert AutoTokenizer.from_pretrained(out / name).padding_side == side, f"{name}: the wrong side"
+    model = AutoModelForSequenceClassification.from_pretrained(out / "preference")
+    kept = torch.load(out / "labels.pt")
+    run = rlaif.prepare(rlaif.Config(resume=str(out)))
+    assert run.score.template == run.config.template == "a{prompt}\nb", "as a shell passes it"
+    rows = run.score.tokenize(run.prompts, ["c", "b"], [True, False])
+    assert rows == [[0, 0, 1, 1, 2, EOS], [0, 2, 1, 1]], "line ends are no letters here; the template is read"
+    assert all(row[:1] == [0] and row in kept["rows_a"] for row in kept["rows_a"][:1])
+    assert all_equal(weights_of(run.score.model), weights_of(model)), "another model scores"
     code, again, err = run_main(capsys, "--resume", out)
     assert code == 0, err
     kl = re.compile(r"^kl +(\S+) +(\S+)$", re.MULTILINE)
@@ -2502,126 +2515,487 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
     assert kl.search(again).groups() == kl.search(said).groups(), "a run that is over reports the same again"
 
 
-@pytest.mark.filterwarnings("ignore:no response ended")
-def test_what_is_printed_fits_a_terminal_and_nothing_is_cut_from_the_bar(
-        bench, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
+        bench, tmp_path, capsys, monkeypatch, no_pictures):
+    """Nothing is cut from the bar; a terminal that has no emoji gets something in its place."""
     monkeypatch.chdir(bench)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("LINES", raising=False)
-    (tmp_path / "long.txt").write_text(30 * "abc" + "\nc\n")
+    prompt = 30 * "abc" + "\U0001F600"
+    (tmp_path / "long.txt").write_text(prompt + "\nc\n", encoding="utf-8")
     policy = save_pair(tmp_path / "policy", gpt2(context=256), letters())
-    preference = save_pair(tmp_path / "preference", gpt2(context=256, kind=GPT2ForSequenceClassification,
-                                                         num_labels=1), letters())
-    code, out, err = run_main(capsys, *BENCH_FLAGS, "--policy", policy, "--preference", preference,
-                              "--gold", "truth:gold", "--prompts", tmp_path / "long.txt",
-                              "--max_new_tokens", 9, "--out", tmp_path / "run")
+    preference = save_pair(tmp_path / "preference", scorer(context=256), letters())
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    code, _, err = run_main(capsys, *BENCH_FLAGS, "--policy", policy, "--preference", preference,
+                            "--gold", "truth:gold", "--prompts", tmp_path / "long.txt",
+                            "--max_new_tokens", 9, "--out", tmp_path / "run")
     assert code == 0, err
+    stdout.flush()
+    out = stdout.buffer.getvalue().decode("cp1252")
     assert_no_line_wraps(out.replace(str(tmp_path), ""), err)
-    bar = re.split(r"[\n\r]", err.strip())[-1]
-    assert re.search(r"score=-?[\d.]+, gold=-12.34, kl=-?[\d.]+, episodes/s=\d+$", bar), "a number is cut"
-    assert len(bar) <= 74, "there must be room for 80/80 and for four digits"
-    assert (tmp_path / "run" / "learning_curves.png").stat().st_size > 1000
-    assert 30 * "abc" in (tmp_path / "run" / "samples.md").read_text(), "the file has the whole"
+    bar = [line for line in re.split(r"[\n\r]", err) if line.startswith("PPO")][-1].strip()
+    assert re.search(r"score=-?[\d.]+, gold=-12.34, kl=-?[\d.]+$", bar), "a number is cut"
+    assert len(bar) <= 78, "there must be room for 75/75"
+    assert prompt in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8"), "the file has the whole"
+
+
+# Models that readers bring
+
+CHARACTERS = string.ascii_letters + string.digits + " .,:()<>[]|?!_/\n"
+CHAT = ("{{ bos_token }}{% for m in messages %}[OPEN]{{ m.role }}\n{{ m.content }}[CLOSE]{% endfor %}"
+        "{% if add_generation_prompt %}[OPEN]assistant\n{% endif %}")
+
+
+def chat_tokenizer(open="<|im_start|>", close="<|im_end|>", template=CHAT):
+    """One token for each character; a turn stands between `open` and `close`, and a BOS, which the template
+    writes, is added to every other text too."""
+    special = ["<s>", open, close]
+    template = template and template.replace("[OPEN]", open).replace("[CLOSE]", close)
+    tokenizer = letters([*CHARACTERS, *special], bos_token="<s>", additional_special_tokens=special[1:],
+                        chat_template=template)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.eos_token = close
+    return tokenizer
+
+
+def chat_llama(tokenizer, kind=LlamaForCausalLM, seed=0, **settings):
+    settings = {"max_position_embeddings": 512, "eos_token_id": tokenizer.eos_token_id, **settings}
+    return modern(LlamaConfig, kind, seed, vocab_size=len(tokenizer), **settings)
+
+
+def read_by(model, tokenizer):
+    """A list of the texts that the model reads from now on."""
+    texts = []
+
+    def read(module, args, given):
+        masks = given["attention_mask"].bool()
+        if given.get("past_key_values") is None or not given["past_key_values"].get_seq_length():
+            texts.extend(tokenizer.decode(ids[mask]) for ids, mask in zip(given["input_ids"], masks))
+    model.base_model.register_forward_pre_hook(read, with_kwargs=True)
+    return texts
+
+
+TURNS = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
+         {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_path):
+    """A system turn and two user turns, as policy, judge, preference model, score and gold get them."""
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": TURNS}) + '\n{"prompt": "hi"}\n')
+    own, other, third = (chat_tokenizer(), chat_tokenizer("<p>", "</p>"), chat_tokenizer("<j>", "</j>"))
+    policy, judge = chat_llama(own, bos_token_id=None), chat_llama(third)
+    score = rlaif.PreferenceModel(chat_llama(other, transformers.LlamaForSequenceClassification, 1,
+                                             num_labels=1), other)
+    config = toy_config(tmp_path, prompts=str(tmp_path / "chat.jsonl"), template=None, pairs=2, batch_size=2,
+                        preference_epochs=1)
+    seen = []
+    run = rlaif.prepare(config, score, lambda *args: seen.append(args) or [0.0] * len(args[0]), policy, own)
+    by_policy, by_judge, by_score = read_by(policy, own), read_by(judge, third), read_by(score.model, other)
+    r = rlaif.roll_out(run, [TURNS, "hi"])
+
+    def chat(turns, open, close):
+        return "<s>" + "".join(f"{open}{turn['role']}\n{turn['content']}{close}" for turn in turns)
+    asked = chat(TURNS, "<|im_start|>", "<|im_end|>") + "<|im_start|>assistant\n"
+    assert by_policy[:2] == [asked, "<s><|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"]
+    assert seen == [([TURNS, "hi"], r.responses)], "score and gold get the prompt as it was read"
+    rows = score.tokenize([TURNS, "hi"], ["ok", "ok"], [True, False])
+    closed = chat([*TURNS, {"role": "assistant", "content": "ok"}], "<p>", "</p>")
+    assert other.decode(rows[0]) == closed, "the template closes a reply, and nothing comes after it"
+    assert other.decode(rows[1]) == "<s><p>user\nhi</p><p>assistant\nok"
+    expected = [other.decode(row) for row in score.tokenize(r.prompts, r.responses, r.ended.tolist())]
+    assert sorted(by_score) == sorted(expected)
+
+    _, data = rlaif.preference_from_judge(config, policy, own, judge, third, ["be kind."], [TURNS, "hi"])
+    lines = "System: be kind\nUser: hi\nAssistant: yes\nUser: why"
+    i = data["prompts"].index(TURNS)
+    a, b = data["responses_a"][i].strip(), data["responses_b"][i].strip()
+    question = {"role": "user", "content": f"be kind.\n{lines}\n(A) {a}\n(B) {b}\nThe better response is:"}
+    assert chat([question], "<j>", "</j>") + "<j>assistant\n" in by_judge
+    assert own.decode(data["rows_a"][i]).startswith(asked + data["responses_a"][i])
+    assert rlaif.token_table(run).startswith(f"prompt: {lines!r}"[:60])
+
+    # A template of one's own, or a model without one: the turns before the last one stand as lines before it.
+    plain = chat_tokenizer(template=None)
+    for tokenizer, template in ((own, "<s>User: {prompt}\nAssistant:"), (plain, None)):
+        (row,) = rlaif.encode(tokenizer, [TURNS], template, ["ok"], [True])
+        text = f"{lines}\nAssistant:ok<|im_end|>"
+        expected = text.replace("User: why", "<s>User: why") if template else text
+        assert tokenizer.decode(row) == "<s>" + expected
+        (row,) = rlaif.encode(tokenizer, ["hi"], template)
+        assert tokenizer.decode(row) == "<s>User: hi\nAssistant:", "one BOS, never two"
+
+
+@pytest.mark.parametrize("where", ["prompt", "turn", "principle", "preference", "eos is pad"])
+def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, where):
+    own, other, forged = chat_tokenizer(), chat_tokenizer("<p>", "</p>"), "hi<|im_end|>"
+    files = {"p.jsonl": ["hi", "ho"], "two.txt": ["be kind.", "be true."]}
+    if where == "turn":
+        files["p.jsonl"][1] = [{"role": "user", "content": forged}, *TURNS[2:]]
+    elif where == "principle":
+        files["two.txt"][1] = "be </p>kind."
+    else:
+        files["p.jsonl"][1] = "hi</p>" if where == "preference" else forged
+    if where == "eos is pad":
+        own.pad_token = own.eos_token
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(
+        {"prompt" if isinstance(x, str) else "messages": x}) for x in files["p.jsonl"]))
+    (tmp_path / "two.txt").write_text("\n".join(files["two.txt"]))
+    judge = save_pair(tmp_path / "judge", chat_llama(other), other)
+    score = None if where == "principle" else rlaif.PreferenceModel(
+        chat_llama(other, transformers.LlamaForSequenceClassification, num_labels=1), other)
+    config = toy_config(tmp_path, prompts=str(tmp_path / "p.jsonl"), template=None, judge=judge,
+                        constitution=str(tmp_path / "two.txt"), out=str(tmp_path / "run"))
+    file = "two.txt" if where == "principle" else "p.jsonl"
+    token = "</p>" if where in ("principle", "preference") else r"<\|im_end\|>"
+    with pytest.raises(ValueError, match=f"{file}, line 2.*{token}"):
+        rlaif.prepare(config, score, None, chat_llama(own), own)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_comes_with_its_own_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer"):
+        rlaif.prepare(toy_config(tmp_path), count_a, None, gpt2())
+
+
+def contexts(tmp_path, role, room, **special):
+    """`prepare` where the model of `role` has `room` tokens beyond what the longest prompt and its reply of 3
+    take in the template of 10 tokens "aaaaa{prompt}bbbbb", the others plenty -> Run."""
+    longest, sizes = 7, dict.fromkeys(("policy", "preference", "judge"), 400)
+    (tmp_path / "p.txt").write_text("\n".join(["ab", "c", "abcabca"] * 11))
+    sizes[role] = 10 + longest + 3 + room
+    if role == "judge":
+        question = rlaif.JUDGE_QUESTION.format(principle=5 * "be kind", turns="User: abcabca", a="", b="")
+        sizes["judge"] = len(letters(ALPHABET)(question).input_ids) + 2 * 3 + room
+    (tmp_path / "one.txt").write_text("ab\n" + 5 * "be kind")
+    judge = save_pair(tmp_path / "judge", gpt2(len(ALPHABET) + 1, context=sizes["judge"]), letters(ALPHABET))
+    tokenizer = letters()
+    if special:
+        tokenizer.eos_token = None
+    score = rlaif.PreferenceModel(scorer(context=sizes["preference"]), tokenizer, "aaaaa{prompt}bbbbb")
+    config = toy_config(tmp_path, judge=judge, constitution=str(tmp_path / "one.txt"), pairs=64,
+                        preference_epochs=1, iterations=20, batch_size=30, out=str(tmp_path / "run"),
+                        prompts=str(tmp_path / "p.txt"), template="aaaaa{prompt}bbbbb", learning_rate=0.0)
+    return rlaif.prepare(config, None if role == "judge" else score, None, gpt2(context=sizes["policy"]),
+                         letters())
+
+
+@pytest.mark.parametrize("role", ["policy", "preference", "judge"])
+def test_a_context_too_short_for_the_longest_prompt_is_said_before_anything_is_written(tmp_path, role):
+    with pytest.raises(ValueError, match=rf"p.txt, line 3: .*{role}.*context"):
+        contexts(tmp_path, role, room=-1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("role,special", [
+    ("policy", {}), ("preference", {}), ("judge", {}), ("preference", {"eos": None})])
+def test_where_the_longest_prompt_fits_every_reply_does(tmp_path, role, special):
+    """At the smallest context that `prepare` takes, the longest prompt and reply are read."""
+    for room in range(-1, 9):
+        with contextlib.suppress(ValueError):
+            run = contexts(tmp_path, role, room, **special)
+            break
+        assert not (tmp_path / "run" / "labels.pt").exists(), "found out late"
+    replies = ["ccc", "ab"], ["aaa", "b"]
+    if role == "judge":
+        judge, own = rlaif.load(AutoModelForCausalLM, str(tmp_path / "judge"), "judge", "cpu")
+        rlaif.judge_pairs(judge, own, [5 * "be kind"], ["abcabca"] * 2, *replies)
+    elif role == "preference":
+        run.score(["abcabca"] * 2, replies[0], [False, True])
+    for _ in range(2):
+        rlaif.roll_out(run, ["abcabca"] * 32)
+    assert (rlaif.roll_out(run, ["abcabca"] * 32).mask.sum(dim=1) == 3).any()
+
+
+def test_a_position_table_that_is_shorter_than_the_config_says_is_found_before_the_run(tmp_path):
+    policy = gpt2(context=16)
+    policy.config.n_positions = 64
+    (tmp_path / "long.txt").write_text("ab\n" + 20 * "a")
+    with pytest.raises(ValueError, match="policy.*cannot be used"):
+        toy_run(tmp_path, policy=policy, prompts=str(tmp_path / "long.txt"), out=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_chat_template_that_opens_a_thought_is_no_judges(tmp_path):
+    def judged(end):
+        tokenizer = chat_tokenizer(template=CHAT.replace("assistant\n", "assistant\n" + end))
+        return rlaif.ask_judge(chat_llama(tokenizer), tokenizer, ["ab"])
+    for end in ("<think>\n", "<|reasoning|>", "[THINK]"):
+        with pytest.raises(ValueError, match="judge.*thought"):
+            judged(end)
+    for end in ("", "<think>\n\n</think>\n\n", "I think "):
+        assert judged(end).shape == (1, 2)
+
+
+def test_a_judge_near_chance_is_warned_of_and_the_shipped_one_is_not(tmp_path, bench, capsys):
+    shipped = {"policy": str(HERE / "tiny_models/policy"), "judge": str(HERE / "tiny_models/judge")}
+    settings = {"pairs": 64, "preference_epochs": 2, "batch_size": 16, "device": "cpu"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        rlaif.prepare(rlaif.Config(**shipped, **settings))
+    line = re.search(r"orders (\d+)%.*two (\d+)%,\s.*answers (\S+)", capsys.readouterr().out)
+    same, first, hold = line.groups()
+    assert int(same) >= 60 and 35 <= int(first) <= 65 and float(hold) > 0.95, (same, first, hold)
+    assert not [w for w in said if "judge is near chance" in str(w.message)]
+    with pytest.warns(UserWarning, match="judge is near chance"):
+        rlaif.prepare(toy_config(tmp_path, policy=str(bench / "policy"), judge=str(bench / "judge"), pairs=20,
+                                 preference_epochs=1))
+
+
+def answering(monkeypatch, prob_first, hold):
+    """A judge that says A with these probabilities, of (n, 2) questions in both orders."""
+    answers = iter(torch.tensor(prob_first).T)
+
+    def ask(judge, tokenizer, questions, chunk=256):
+        p = next(answers)
+        return (torch.stack([p, 1 - p], dim=1) * hold).log()
+    monkeypatch.setattr(rlaif, "ask_judge", ask)
+
+
+@pytest.mark.parametrize("prob_first,hold,near_chance", [
+    ([[0.9, 0.1]] * 6 + [[0.9, 0.9], [0.1, 0.1]] * 2, 0.9, False),
+    ([[0.9, 0.1]] * 6 + [[0.9, 0.9]] * 4, 0.9, False),
+    ([[0.9, 0.1]] * 5 + [[0.9, 0.9], [0.1, 0.1]] * 2 + [[0.9, 0.9]], 0.9, True),
+    ([[0.9, 0.1]] * 10, 0.4, True), ([[0.9, 0.1]] * 10, 0.6, False)])
+def test_what_the_first_labels_say_of_a_judge(tmp_path, monkeypatch, recwarn, prob_first, hold, near_chance):
+    """Same in both orders, first picked, probability of the answers: by hand, of ten pairs."""
+    answering(monkeypatch, prob_first, hold)
+    worth, ten = {}, ["a"] * 10
+    rlaif.judge_pairs(None, None, ["be kind"], ten, ten, ten, worth=worth)
+    same = sum((a > 0.5) != (b > 0.5) for a, b in prob_first) / 10
+    close([worth["same"], worth["first"], worth["hold"]],
+          [same, sum((a > 0.5) + (b > 0.5) for a, b in prob_first) / 20, hold], "another share", 1e-6)
+    answering(monkeypatch, prob_first, hold)
+    with contextlib.suppress(ValueError):  # so few pairs may teach nothing
+        config = toy_config(tmp_path, pairs=10, preference_epochs=1)
+        rlaif.preference_from_judge(config, gpt2(), letters(), None, None, ["be kind"], ["ab", "c"])
+    assert any("judge is near chance" in str(w.message) for w in recwarn) == near_chance
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_measuring_is_bounded_and_says_how_much(bench, tmp_path, capsys, monkeypatch, no_pictures):
+    monkeypatch.chdir(bench)
+    (tmp_path / "many.txt").write_text("ab\nc\nb\na\n" * 250)
+    code, _, err = run_main(capsys, *BENCH_FLAGS, "--batch_size", 128, "--iterations", 1, "--eval_prompts",
+                            tmp_path / "many.txt", "--out", tmp_path / "run", "--minibatch_size", 128)
+    assert code == 0, err
+    assert "measuring 256 replies" in err
+    _, replies = json.loads((tmp_path / "run" / "before.json").read_text())
+    assert [row["prompt"] for row in replies] == ["ab", "c", "b", "a"] * 64
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("error", [
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError(),
+    RuntimeError("inline_container.cc: file write failed\nat 0x7"), OSError(28, "No space left on device")])
+def test_errors_of_the_machine_are_one_sentence_too(bench, tmp_path, capsys, monkeypatch, no_pictures, error):
+    monkeypatch.chdir(bench)
+
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(torch, "save", fail)
+    code, _, err = run_main(capsys, *BENCH_FLAGS, "--out", tmp_path / "run")
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("rlaif: ") and last.count("rlaif") == 1, err
+    assert ("micro_batch_size" in last) == ("memory" in repr(error).lower()), "say what takes less"
+    monkeypatch.undo()
+    monkeypatch.chdir(bench)
+    assert run_main(capsys, "--resume", tmp_path / "run")[0] == 0
+
+
+class Adapted(transformers.GPT2LMHeadModel):
+    """A stand-in for a model of peft: all but a small addition is frozen, and the addition can be off."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.requires_grad_(False)
+        self.addition = torch.nn.Parameter(torch.zeros(config.n_embd))
+        self.on = True
+
+    def forward(self, *args, **more):
+        norm = self.transformer.ln_f
+        handle = norm.register_forward_hook(lambda module, args, out: out + self.addition if self.on else out)
+        try:
+            return super().forward(*args, **more)
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        self.on = False
+        yield
+        self.on = True
+
+
+def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_refused(tmp_path, bench):
+    settings = {"missing_eos_score": math.inf, "iterations": 2, "out": str(tmp_path / "run")}
+    policy = gpt2(kind=Adapted)
+    frozen = {name: x.clone() for name, x in policy.named_parameters() if name != "addition"}
+    for refused in ({"value": "separate"}, {"value": "preference"}, {"judge": str(bench / "judge")}):
+        score = letter_preference() if refused.get("value") else None
+        with pytest.raises(ValueError, match="adapter.*value shared"):
+            rlaif.prepare(toy_config(tmp_path, **settings, **refused), score, None, policy, letters())
+    with pytest.raises(ValueError, match="nothing can be learned"):
+        toy_run(tmp_path, policy=gpt2(kind=Adapted).requires_grad_(False), **settings)
+    assert not (tmp_path / "run").exists(), "refused before anything is written"
+    run = toy_run(tmp_path, policy=policy, **{**settings, "out": None})
+    first, second = (rlaif.update(run, rlaif.roll_out(run)) for _ in range(2))
+    assert first["kl"] == 0 and second["kl"] != 0, "the reference is the policy as it was, and stays so"
+    assert policy.addition.abs().max() > 0 and all(x.requires_grad == (name == "addition")
+                                                   for name, x in policy.named_parameters())
+    assert all(torch.equal(x, dict(policy.named_parameters())[name]) for name, x in frozen.items())
 
 
 # Resuming
 
 
-def stopped_run(folder, after, score=count_a, **settings):
-    """A run with its folder, stopped after some iterations as a notebook stops one -> its metrics so far."""
+def settings_of(bench, **more):
+    """A run from files alone, whose last iteration is no multiple of save_every."""
+    return {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "iterations": 5,
+            "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
+            "value_head": "random", "pairs": 40, "preference_epochs": 2, "reference": str(bench / "other"),
+            "eval_samples": 1, **more}
+
+
+def killed_at(monkeypatch, module, name, call):
+    """Ctrl-C where the function is called for the so-many-th time."""
+    calls, function = [], getattr(module, name)
+
+    def called(*args, **more):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*args, **more)
+    monkeypatch.setattr(module, name, called)
+
+
+def ends_of(folder):
+    return (folder / "metrics.jsonl").read_bytes(), weights_of(
+        AutoModelForCausalLM.from_pretrained(folder / "policy"))
+
+
+JUDGED_SO_FAR = ["config.json", "labels.pt"]
+CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
+    "while judging": (rlaif, "judge_pairs", 2, JUDGED_SO_FAR),
+    "in the fit": (rlaif, "preference_loss", 2, JUDGED_SO_FAR),
+    "before the first checkpoint": (rlaif, "record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
+    "between two checkpoints": (rlaif, "record", 4, None),
+    "before the last checkpoint": (torch, "save", 5, None),  # of labels there are two chunks
+    "after the last iteration": (None, None, None, None),
+}
+LATE = list(CUTS)[3:]
+MODES = [("judged", cut, {"value": "preference", "value_head": "zero"}) for cut in CUTS] + [
+    ("steered", LATE[0], {"value": "separate", "beta_control": "batch", "kl_target": 0.1})]
+
+
+@pytest.fixture(scope="module")
+def uncut(bench, tmp_path_factory):
+    """What runs write that nothing cuts: metrics and weights."""
+    runs = {}
+
+    def whole(mode, settings, device):
+        folder = tmp_path_factory.mktemp("whole")
+        if (mode, device) not in runs:
+            list(rlaif.train(toy_config(folder, **settings, out=str(folder / "run"))))
+            runs[mode, device] = ends_of(folder / "run")
+        return runs[mode, device]
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode,cut,settings", MODES)
+def test_a_run_goes_on_as_if_it_had_not_been_cut(
+        bench, uncut, tmp_path, monkeypatch, device, mode, cut, settings):
+    """The same bytes in metrics.jsonl and the same bits in the weights; labels are not asked for again."""
+    settings = settings_of(bench, device=device, **settings)
+    if mode == "judged":
+        settings["judge"] = str(bench / "judge")
+    whole = uncut(mode, settings, device)
+    module, name, call, there = CUTS[cut]
+    with monkeypatch.context() as patch:
+        if name:
+            killed_at(patch, module, name, call)
+        with pytest.raises(KeyboardInterrupt) if name else contextlib.nullcontext():
+            list(rlaif.train(toy_config(tmp_path, **settings, out=str(tmp_path / "run"))))
+    if there:
+        assert sorted(os.listdir(tmp_path / "run")) == there
+    labels = tmp_path / "run" / "labels.pt"
+    if cut == "while judging":
+        assert len(torch.load(labels)["prob_a"]) == 32, "the first chunk of labels is kept"
+    (tmp_path / "run" / "policy.new").mkdir(exist_ok=True)  # left behind by a crash, as is half a line
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 9, "sco')
+    if cut in ("in the fit", *LATE):
+        monkeypatch.setattr(rlaif, "judge_pairs",
+                            lambda *args, **more: pytest.fail("labels are asked for again"))
+    list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"))))
+    metrics, weights = ends_of(tmp_path / "run")
+    assert metrics == whole[0], "metrics.jsonl is another"
+    assert all_equal(weights, whole[1]), "the policy is another"
+    assert len(metrics.splitlines()) == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_after_too_little_memory_in_the_fit_a_smaller_micro_batch_goes_on(bench, tmp_path, monkeypatch):
+    """To a millionth of the largest score; labels are kept."""
+    settings = settings_of(bench, judge=str(bench / "judge"), iterations=1, preference_learning_rate=1e-5)
+    whole, out = rlaif.prepare(toy_config(tmp_path, **settings)).score, tmp_path / "run"
+
+    def limited(loss):
+        raise RuntimeError("not enough memory")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
+        patch.setattr(torch.Tensor, "backward", limited)
+        rlaif.prepare(toy_config(tmp_path, **settings, out=str(out)))
+    assert sorted(os.listdir(out)) == JUDGED_SO_FAR
+    again = rlaif.prepare(rlaif.Config(resume=str(out), micro_batch_size=5))
+    again.score.chunk = whole.chunk
+    scores = torch.tensor(whole(["ab"] * 40, TEXTS))
+    assert (scores - torch.tensor(again.score(["ab"] * 40, TEXTS))).abs().max() < 1e-6 * scores.abs().max()
+
+
+def stopped_run(folder, after, policy=None, **settings):
+    """A run that is given its parts in Python and stopped after some iterations as a notebook stops one."""
     config = toy_config(folder.parent, **{"iterations": 4, "save_every": 2, "ppo_epochs": 1,
                                           "learning_rate": 3e-3, "missing_eos_score": math.inf,
                                           "out": str(folder), **settings})
-    loop = rlaif.train(config, score=score, policy=gpt2(), tokenizer=letters())
+    loop = rlaif.train(config, score=count_a, policy=policy or gpt2(), tokenizer=letters())
     return [next(loop) for _ in range(after)]
 
 
-def go_on(folder, score=count_a, **settings):
+def go_on(folder, policy=None, **settings):
     """The rest of a stopped run -> its policy, and the metrics of its new iterations."""
-    policy = gpt2(seed=9)  # any weights: the checkpoint's go in
+    policy = policy or gpt2()
     config = rlaif.Config(resume=str(folder), **settings)
-    return policy, list(rlaif.train(config, score=score, policy=policy, tokenizer=letters()))
+    return policy, list(rlaif.train(config, score=count_a, policy=policy, tokenizer=letters()))
 
 
-def written(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("settings", [
-    {"value": "shared"},
-    {"value": "separate", "beta_control": "batch", "kl_target": 0.1, "kl_horizon": 50.0},
-    {"value": "preference", "value_head": "random", "dense_reward": True},
-])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path, device, settings):
-    settings["device"], scores = device, [letter_preference(), letter_preference()]
-    for score in scores:
-        score.model.to(device)
-    whole = stopped_run(tmp_path / "whole", 4, scores[0], **settings)
-    stopped_run(tmp_path / "cut", 3, scores[1], **settings)  # iteration 3 came after the last checkpoint
-    assert len(written(tmp_path / "cut")) == 3
-    policy, rest = go_on(tmp_path / "cut", scores[1])
-    assert [m["iteration"] for m in rest] == [3, 4], "it goes on after its last checkpoint"
-    assert same_but_for_timings(rest, whole[2:]), "resuming is not bit for bit"
-    assert same_but_for_timings(written(tmp_path / "cut"), whole), "lines after the checkpoint are left there"
-    trained, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy")
-                      for name in ("whole", "cut"))
-    for a, b, c in zip(trained.parameters(), again.parameters(), policy.cpu().parameters()):
-        assert torch.equal(a, b) and torch.equal(b, c), "the saved folder is not the trained policy"
-
-
-def test_a_run_that_stops_before_its_first_checkpoint_starts_again_the_same(tmp_path):
-    whole = stopped_run(tmp_path / "whole", 4)
-    stopped_run(tmp_path / "cut", 1)
-    (tmp_path / "cut" / "policy.new").mkdir()  # left behind by a crash, as is half a line
-    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 2, "sco')
-    _, again = go_on(tmp_path / "cut")
-    assert same_but_for_timings(again, whole) and same_but_for_timings(written(tmp_path / "cut"), whole)
-
-
-def test_a_finished_run_resumes_to_nothing_more_to_do(tmp_path):
-    stopped_run(tmp_path / "run", 4)
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    policy, rest = go_on(tmp_path / "run")
-    assert rest == [] and (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
-    assert all(torch.equal(*pair) for pair in zip(policy.parameters(), saved.parameters()))
-
-
-def test_a_run_whose_last_checkpoint_is_written_has_its_policy(tmp_path, monkeypatch):
-    def killed(run, folder, save=rlaif.save_checkpoint):
-        if run.iteration == 4:
-            raise KeyboardInterrupt
-        save(run, folder)
-    monkeypatch.setattr(rlaif, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
-        stopped_run(tmp_path / "run", 4)
-    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
-
-
-def test_a_run_goes_on_in_a_copy_of_its_folder_and_leaves_the_first_alone(tmp_path, monkeypatch):
+def test_a_run_goes_on_in_a_copy_of_its_folder_and_a_finished_one_has_nothing_more_to_do(tmp_path):
     whole = stopped_run(tmp_path / "whole", 4)
     stopped_run(tmp_path / "first", 3)
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    _, rest = go_on(tmp_path / "copy")
-    assert same_but_for_timings(rest, whole[2:]) and same_but_for_timings(written(tmp_path / "copy"), whole)
-    assert len(written(tmp_path / "first")) == 3 and not (tmp_path / "first" / "policy").exists()
-    shutil.rmtree(tmp_path / "first")
-    shutil.copytree(tmp_path / "copy", tmp_path / "first")
-    monkeypatch.chdir(tmp_path)
-    for spelling in ("first", "./first", "copy/../first/"):
-        assert go_on(spelling)[1] == [], "any name of the folder will do"
+    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    policy, rest = go_on(tmp_path / "copy", gpt2(seed=9))  # any weights: the checkpoint's go in
+    assert rest == whole[2:]
+    assert before == {path: path.read_bytes() for path in before}, "the first folder is left alone"
+    again, rest = go_on(f"{tmp_path}/first/../copy/")
+    assert rest == [] and all_equal(weights_of(again), weights_of(policy)), "any name of the folder will do"
 
 
-def test_the_reference_of_a_resumed_run_is_the_policy_it_first_had(tmp_path):
-    policy = gpt2()
-    config = toy_config(tmp_path, out=str(tmp_path / "run"), save_every=1, iterations=2)
-    next(rlaif.train(config, score=count_a, policy=policy, tokenizer=letters()))
-    assert any(not torch.equal(*pair) for pair in zip(policy.parameters(), gpt2().parameters()))
-    run = rlaif.prepare(rlaif.Config(resume=str(tmp_path / "run")), count_a, None, policy, letters())
-    assert all(torch.equal(*pair) for pair in zip(run.reference.parameters(), gpt2().parameters())), (
-        "the notebook's policy has taken steps since, and may not stand in for the reference")
+@pytest.mark.parametrize("after", [3, 1])
+def test_the_policy_of_a_notebook_that_has_taken_steps_goes_on_from_its_checkpoint(tmp_path, after):
+    """Also where there is none yet; and its reference is the policy that it first was."""
+    whole, policy = stopped_run(tmp_path / "whole", 4), gpt2()
+    stopped_run(tmp_path / "cut", after, policy)
+    assert not all_equal(weights_of(policy), weights_of(gpt2()))
+    config = rlaif.Config(resume=str(tmp_path / "cut"))
+    run = rlaif.prepare(config, count_a, None, copy.deepcopy(policy), letters())
+    assert all_equal(weights_of(run.reference), weights_of(gpt2()))
+    _, rest = go_on(tmp_path / "cut", policy)
+    assert rest == whole[after // 2 * 2:]
 
 
 @pytest.mark.parametrize("missing", ["score", "gold", "policy", "tokenizer"])
@@ -2637,68 +3011,28 @@ def test_what_a_run_was_given_in_python_it_must_be_given_again(tmp_path, bench, 
         "what was passed again is not asked for")
 
 
-def test_a_run_from_a_judge_keeps_its_preference_model_and_resumes_the_same(bench, tmp_path):
-    settings = {name: str(bench / name) for name in ("policy", "judge")}
-    settings |= {"pairs": 20, "preference_epochs": 1, "save_every": 2, "iterations": 2, "ppo_epochs": 1,
-                 "missing_eos_score": math.inf}
-    whole = list(rlaif.train(toy_config(tmp_path, **settings)))
-    loop = rlaif.train(toy_config(tmp_path, out=str(tmp_path / "run"), **settings))
-    next(loop)
-    shutil.rmtree(tmp_path / "run" / "preference.new", ignore_errors=True)
-    rest = list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"))))
-    assert same_but_for_timings(rest, whole), "the preference model is another one"
-
-
-def test_a_runs_folder_is_there_whole_or_not_at_all(bench, tmp_path, monkeypatch):
-    """Stopped within `prepare`, after the judge's pairs, it leaves nothing: the same command works."""
-    config = toy_config(tmp_path, policy=str(bench / "policy"), judge=str(bench / "judge"), pairs=20,
-                        preference_epochs=1, iterations=1, out=str(tmp_path / "runs" / "one"))
-    (tmp_path / "runs" / "one.new").mkdir(parents=True)  # as kill -9 leaves it
-    (tmp_path / "runs" / "one.new" / "config.json").write_text("{")
-
-    def fail(*args):
-        assert not (tmp_path / "runs" / "one").exists(), "it is there before it is whole"
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(KeyboardInterrupt):
-            rlaif.prepare(config)
-    assert not list((tmp_path / "runs").iterdir()), "something half done was left behind"
-    run = rlaif.prepare(config)
-    assert sorted(os.listdir(config.out)) == ["checkpoint.pt", "config.json", "preference"]
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-    assert torch.load(f"{config.out}/checkpoint.pt")["iteration"] == run.iteration == 0
-
-
-def test_a_write_that_fails_leaves_the_old_file_or_folder_whole(tmp_path, monkeypatch):
-    file, folder = tmp_path / "file", tmp_path / "folder"
-    file.write_text("old")
-    folder.mkdir()
-    (folder / "inside").write_text("old")
-    for path in (file, folder):
-        with pytest.raises(OSError, match="no space"), rlaif.replacing(path) as new:
-            new.mkdir() if path == folder else new.write_text("half of the n")
-            raise OSError("no space left on device")
-    assert file.read_text() == (folder / "inside").read_text() == "old"
-    assert sorted(tmp_path.iterdir()) == [file, folder], "the failed one is still there"
-    with rlaif.replacing(file) as new:
-        new.write_text("new")
-    with rlaif.replacing(folder) as new:
-        new.mkdir()
-        (new / "inside").write_text("new")
-    assert file.read_text() == (folder / "inside").read_text() == "new"
+def test_a_write_that_fails_leaves_the_old_folder_whole(tmp_path):
+    folder = tmp_path / "folder"
+    for text in ("old", "half of the n", "new"):
+        def write(new):
+            new.mkdir(exist_ok=True)
+            (new / "inside").write_text(text)
+            if text[:4] == "half":
+                raise OSError("no space left on device")
+        with pytest.raises(OSError) if text[:4] == "half" else contextlib.nullcontext():
+            rlaif.write_whole(folder, write)
+        assert (folder / "inside").read_text() == ("old" if text[:4] == "half" else text)
+    assert sorted(tmp_path.iterdir()) == [folder]
 
 
 def test_a_folder_that_holds_anything_is_never_written_over(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("keep me")
-    with pytest.raises(ValueError, match="out: .*mine"):
+    toy_run(tmp_path, out=str(tmp_path / "mine"))  # an empty one will do
+    (tmp_path / "mine" / "config.json").rename(tmp_path / "mine" / "thesis.tex")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="out: .*mine.*--resume"):
         toy_run(tmp_path, out=str(tmp_path / "mine"))
-    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["keep me"]
-    toy_run(tmp_path, out=str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="out: .*empty"):
-        toy_run(tmp_path, out=str(tmp_path / "empty"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
 
 
 def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkeypatch, capsys):
@@ -2707,58 +3041,58 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     settings = {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "device": "cpu"}
     config = toy_config(tmp_path, beta=default.beta + 0.5, lam=0.5, save_every=1, out="run", **settings)
     run = rlaif.prepare(config)
+    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16, "seed": 3}
     with pytest.raises(ValueError, match=rf"beta \(was {run.config.beta}, now 7.5\)") as error:
-        rlaif.prepare(rlaif.Config(resume="run", beta=7.5, save_every=3))
-    assert "lam" not in str(error.value) and "save_every" not in str(error.value)
-    again = rlaif.prepare(rlaif.Config(resume="run", beta=run.config.beta, save_every=3)).config
-    assert again.save_every == 3, "what is the same may be given, and save_every may change"
+        rlaif.prepare(rlaif.Config(resume="run", save_every=3, micro_batch_size=7, **changed))
+    assert [name for name in vars(config) if f"{name} (was" in str(error.value)] == [
+        name for name in vars(config) if name in changed]
+    again = rlaif.Config(resume="run", beta=run.config.beta, save_every=3, micro_batch_size=7)
+    again = rlaif.prepare(again).config
+    assert (again.save_every, again.micro_batch_size) == (3, 7), "these may change"
     code, _, err = run_main(capsys, "--resume", "run", "--beta", default.beta)
-    assert code == 2, "a default that is given by hand counts"
-    assert f"beta (was {run.config.beta}, now {default.beta})" in err
+    assert code == 2 and f"beta (was {run.config.beta}, now {default.beta})" in err, "given by hand it counts"
     code, _, err = run_main(capsys, "--resume", "./run", "--out", "elsewhere")
     assert code == 2 and "out (was" in err, "a run goes on in its own folder"
     assert not os.path.exists("elsewhere")
+    seen = []
+    monkeypatch.setattr(rlaif, "run_and_report", seen.append)
     folder = str(tmp_path / "run")
-    given = rlaif.prepare(rlaif.parse(["--resume", folder])).config
-    assert given == dataclasses.replace(run.config, out=folder, resume=folder)
-    flags = ["--resume", folder, "--device", "auto", "--save_every", str(default.save_every)]
-    given = rlaif.prepare(rlaif.parse(flags)).config
+    run_main(capsys, "--resume", folder)
+    run_main(capsys, "--resume", folder, "--device", "auto", "--save_every", default.save_every)
+    assert rlaif.prepare(seen[0]).config == dataclasses.replace(run.config, out=folder, resume=folder)
+    given = rlaif.prepare(seen[1]).config
     assert (given.device, given.save_every) == ("auto", default.save_every), "a default given by hand is lost"
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="resume: cannot read .*checkpoint.pt"):
+    with pytest.raises(ValueError, match="resume: .*checkpoint.pt"):
         rlaif.prepare(rlaif.Config(resume="run"))
-
-
-def test_a_template_is_given_in_a_shell_with_its_line_end_as_two_characters(bench, tmp_path):
-    flags = ["--template", "Q: {prompt}\\nA:"]
-    assert rlaif.parse(flags).template == "Q: {prompt}\nA:"
-    run = tmp_path / "run"
-    run.mkdir()
-    settings = {**dataclasses.asdict(rlaif.parse(flags)), "passed": []}
-    (run / "config.json").write_text(json.dumps(settings))
-    assert rlaif.parse([*flags, "--resume", str(run)]).template == "Q: {prompt}\nA:", "it has not changed"
 
 
 # Reading and loading
 
 
-@given(st.binary(max_size=60), st.sampled_from([".txt", ".jsonl"]))
+@given(st.binary(max_size=60), st.sampled_from([".txt", ".jsonl", ".json"]))
 def test_any_bytes_as_a_prompts_file_give_prompts_or_a_value_error_that_names_it(tmp_path, data, ending):
     path = tmp_path / f"prompts{ending}"
     path.write_bytes(data)
     try:
-        prompts = rlaif.read_lines(str(path), "prompts")
+        prompts = rlaif.read_prompts(str(path), "prompts", letters())
     except ValueError as error:
         assert f"prompts {path}" in str(error)
     else:
-        assert prompts and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+        assert prompts and all(isinstance(prompt, list) or prompt.strip() for prompt in prompts)
 
 
 def test_a_prompts_file_may_come_from_anywhere(tmp_path):
-    for data, expected in (("\ufeffa b\r\nc\r\n\r\n".encode(), ["a b", "c"]), (b" a \nb", [" a ", "b"]),
-                           (b'{"prompt": "a\\nb"}\n{"prompt": "c", "x": 1}\n', ["a\nb", "c"])):
-        (tmp_path / "p").write_bytes(data)
-        assert rlaif.read_lines(str(tmp_path / "p"), "prompts") == expected
+    objects = [{"prompt": "a\nb"}, {"messages": TURNS, "x": 1}]
+    for name, data, expected in (
+            ("p", "\ufeffa b\r\nc\r\n\r\n", ["a b", "c"]), ("p.txt", " a \nb", [" a ", "b"]),
+            ("p.jsonl", "\n".join(map(json.dumps, objects)), ["a\nb", TURNS]),
+            ("p", json.dumps(objects[0]), ["a\nb"]),
+            ("p.json", json.dumps(["a", "b\nc"], indent=2), ["a", "b\nc"]),
+            ("p.txt", json.dumps(["a", "b"], indent=2), ["a", "b"]),
+            ("p.json", json.dumps(objects, indent=2), ["a\nb", TURNS])):
+        (tmp_path / name).write_bytes(data.encode())
+        assert rlaif.read_prompts(str(tmp_path / name), "prompts", letters()) == expected
 
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(rlaif.Config)]),
@@ -2768,17 +3102,6 @@ def test_any_value_of_any_setting_is_accepted_or_a_value_error_that_names_it(nam
         rlaif.check_config(dataclasses.replace(rlaif.Config(), **{name: value}))
     except ValueError as error:
         assert name in str(error)
-
-
-@given(st.lists(st.text(max_size=8), max_size=3),
-       st.sampled_from([field.name for field in dataclasses.fields(rlaif.Config)]))
-def test_any_command_line_parses_or_is_a_value_error(words, name):
-    try:
-        assert isinstance(rlaif.parse([f"--{name}", *words]), rlaif.Config)
-    except ValueError as error:
-        assert str(error)
-    except SystemExit as stop:
-        assert stop.code == 0, "only --help leaves"
 
 
 def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_path):
@@ -2793,26 +3116,19 @@ def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_pa
     assert run.prompts == run.held_out == ["ab", "c"], "of two prompts none can be spared"
 
 
-@pytest.mark.filterwarnings("ignore:policy. weights in torch.bfloat16")
-def test_a_reference_is_read_in_the_type_of_the_policy_and_not_rounded_to_it(tmp_path):
-    policy = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
-    policy = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
-    run = toy_run(tmp_path, policy=policy, reference=str(tmp_path / "policy"))
+def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
+    """What is trained in float32, or small steps are lost and that is said; the reference as the policy, and
+    not rounded to its type; the preference model in dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        run = rlaif.prepare(toy_config(tmp_path, **settings_of(bench, dtype=str(dtype).split(".")[1])))
+        assert run.score.model.dtype == dtype and run.policy.dtype == run.reference.dtype == torch.float32
+    assert not [w for w in recwarn if "lose small steps" in str(w.message)]
+    folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="lose small steps"):
+        run = toy_run(tmp_path, policy=policy, reference=folder)
     rollout = rlaif.roll_out(run)
     assert (rollout.kl[rollout.mask] == 0).all(), "is it rounded where the policy is not, in its angles?"
-
-
-def test_a_policy_whose_weights_would_lose_small_steps_is_named(tmp_path, recwarn):
-    steps = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = gpt2().to(dtype)
-        run = toy_run(tmp_path, policy=policy, tokenizer=letters(), dtype="bfloat16", learning_rate=1e-6)
-        before = policy.get_input_embeddings().weight.detach().clone()
-        rlaif.update(run, rlaif.roll_out(run))
-        steps[dtype] = (policy.get_input_embeddings().weight != before).float().mean()
-        warned = [str(w.message) for w in recwarn if "lose small steps" in str(w.message)]
-        assert len(warned) == (dtype == torch.bfloat16)
-    assert steps[torch.bfloat16] < 0.1 < 0.9 < steps[torch.float32], "are they lost?"
 
 
 def test_a_tokenizer_of_whole_words_need_not_know_those_of_the_template(tmp_path):
@@ -2820,77 +3136,59 @@ def test_a_tokenizer_of_whole_words_need_not_know_those_of_the_template(tmp_path
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    run = toy_run(tmp_path, tokenizer=tokenizer, template="User: {prompt}\nAssistant:",
-                  missing_eos_score=math.inf)
+    run = toy_run(tmp_path, tokenizer=tokenizer, template=None, missing_eos_score=math.inf)
     assert len(rlaif.roll_out(run, ["ab", "c"]).responses) == 2
-    (tmp_path / "other.txt").write_text("c\nab d\n")
-    with pytest.raises(ValueError, match="other.txt, line 2: the policy's tokenizer cannot write it"):
-        toy_run(tmp_path, tokenizer=tokenizer, prompts=str(tmp_path / "other.txt"))
 
 
-def test_the_tokenizer_that_is_saved_pads_on_the_left_and_the_callers_stays_as_it_was(tmp_path):
-    tokenizer = letters(pad_token="a")
-    for name in ("new", "again"):
-        config = toy_config(tmp_path, iterations=1, ppo_epochs=1, out=str(tmp_path / name))
-        list(rlaif.train(config, score=count_a, policy=gpt2(), tokenizer=tokenizer))
-        assert tokenizer.padding_side == "right"
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name / "policy")
-        assert tokenizer.padding_side == "left", "generation in batches needs padding on the left"
-        assert tokenizer(["ab", "c"], padding=True).attention_mask == [[1, 1], [0, 1]]
-        tokenizer.padding_side = "right"
+def test_a_saved_tokenizer_pads_on_its_models_side_and_the_callers_stays_as_it_was(tmp_path):
+    for before, after in (("right", "left"), ("left", "right")):
+        tokenizer = letters(pad_token="a", padding_side=before)
+        for folder in ("new", "again"):
+            rlaif.save_model(gpt2(), tokenizer, tmp_path / folder, after)
+            assert tokenizer.padding_side == before
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+            assert tokenizer.padding_side == after
+            mask = tokenizer(["ab", "c"], padding=True).attention_mask[1]
+            assert mask == ([0, 1] if after == "left" else [1, 0])
+            tokenizer.padding_side = before
 
 
 # The command line
 
 
-def as_command(path, *argv):
-    """Run a copy of the file as `python path argv` does, in this process -> its exit code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        sys.argv, kept = [str(path), *map(str, argv)], sys.argv
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(path), run_name="__main__")
-    finally:
-        sys.argv = kept
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return stop.value.code
-
-
 def test_a_copy_of_the_file_alone_says_that_its_default_models_are_not_beside_it(
         tmp_path, capsys, monkeypatch):
     (tmp_path / "there").mkdir()
-    shutil.copy(HERE / "rlaif.py", tmp_path / "there")
+    file = shutil.copy(HERE / "rlaif.py", tmp_path / "there")
     monkeypatch.chdir(tmp_path)
-    assert as_command(tmp_path / "there" / "rlaif.py") == 2
+    monkeypatch.setattr(sys, "argv", [file])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(file, run_name="__main__")
+    assert stop.value.code == 2
     missing = tmp_path / "there" / "tiny_models" / "policy"
     assert capsys.readouterr().err.strip() == f"rlaif: policy: there is no folder {missing}"
     assert [path.name for path in tmp_path.iterdir()] == ["there"], "nothing is written"
 
 
-def test_the_default_paths_are_those_beside_the_file_wherever_it_is_called_from(tmp_path, monkeypatch):
+def test_the_settings_come_from_the_flags_and_the_paths_from_beside_the_file(tmp_path, monkeypatch, capsys):
+    """Wherever it is called from; a file of flags beside the script sets nothing."""
     monkeypatch.chdir(tmp_path)
-    config = rlaif.check_config(rlaif.parse([]))
-    for path in (config.policy, config.preference, config.prompts, config.eval_prompts):
-        assert os.path.isabs(path) and os.path.exists(path)
-    assert config.gold == "tiny_models.world:gold_scores"
-
-
-def test_help_says_what_each_flag_does_and_what_switches_one_off(capsys):
-    with pytest.raises(SystemExit) as stop:
-        rlaif.parse(["--help"])
-    assert stop.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--no_whiten_scores, \S+ switch whiten_scores off", said)
-    for field in dataclasses.fields(rlaif.Config):
-        assert f"--{field.name}" in said and field.metadata["help"].split(":")[0] in said, field.name
-
-
-def test_a_file_of_flags_beside_the_script_sets_nothing(tmp_path, monkeypatch):
     (tmp_path / "rlaif.args").write_text("--beta 7.5")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "rlaif.py")])
-    monkeypatch.chdir(tmp_path)
-    assert rlaif.parse([]).beta == rlaif.Config().beta
+    seen = []
+    monkeypatch.setattr(rlaif, "run_and_report", seen.append)
+    assert rlaif.main([]) == 0
+    config = rlaif.check_config(seen[0])
+    for path in (config.policy, config.preference, config.prompts, config.eval_prompts):
+        assert os.path.isabs(path) and os.path.exists(path)
+    assert config.gold == "tiny_models.world:gold_scores" and config.beta == rlaif.Config().beta
+    assert config.out == "runs/seed-0"
+    with pytest.raises(SystemExit) as stop:
+        rlaif.main(["--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(rlaif.Config):
+        assert f"--{field.name}" in said and field.metadata["help"].split(":")[0] in said, field.name
 
 
 # The gold function of this module stops its own process when it is asked for the sixth time: once before the
@@ -2916,73 +3214,44 @@ def stopping_flags(bench, stop):
             "--out"]
 
 
-@pytest.fixture(scope="module")
-def never_stopped(bench, tmp_path_factory):
-    """What such a run writes if nothing stops it."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        (folder / "calls").write_text("......")
-        config = rlaif.parse([*stopping_flags(bench, "SIGCONT"), "whole"])
-        list(rlaif.train(config))
-    return written(folder / "whole")
-
-
-@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_stopped_says_how_to_go_on_and_goes_on_so(
-        bench, never_stopped, tmp_path, capsys, monkeypatch, stop, no_pictures):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_stopped_or_killed_has_said_how_to_go_on_and_goes_on_so(
+        bench, tmp_path, capsys, monkeypatch, no_pictures):
+    """Ctrl-C here, and kill -9, which nothing can catch, in a process of its own: both end alike."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     out, file = "my runs/it's one", str(HERE / "rlaif.py")
-    if stop == "SIGINT":
-        monkeypatch.setattr(sys, "argv", [""])  # as at an interactive prompt
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background it is ignored
-        code, _, err = run_main(capsys, *stopping_flags(bench, stop), out)
-    else:
-        code, err = as_command(file, *stopping_flags(bench, stop), out), capsys.readouterr().err
-    assert code == 130 and err.strip().splitlines()[-1].startswith("rlaif: stopped"), err
-    words = shlex.split(err[err.index("python "):])
-    where = "rlaif.py" if stop == "SIGINT" else file
-    assert words == ["python", where, "--resume", out], "it cannot be pasted into a shell"
-    assert len(written(tmp_path / out)) == 4, "it should have been stopped in its fifth iteration"
-    code, _, err = run_main(capsys, *words[2:])
-    assert code == 0, err
-    assert same_but_for_timings(written(tmp_path / out), never_stopped)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
-        bench, never_stopped, tmp_path, capsys, monkeypatch, no_pictures):
-    """kill -9, which nothing can catch, in a process of its own; the file as the command that it is."""
-    monkeypatch.chdir(tmp_path)
-    command = [sys.executable, str(HERE / "rlaif.py"), *stopping_flags(bench, "SIGKILL"), "killed"]
-    killed = subprocess.run(command, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background it is ignored
+    code, said, err = run_main(capsys, *stopping_flags(bench, "SIGINT"), out)
+    assert code == 130 and err.strip().splitlines()[-1] == "rlaif: stopped", err
+    ends = [(tmp_path / "here" / out, said, "rlaif.py")]
+    monkeypatch.chdir(tmp_path / "beside")
+    command = [sys.executable, file, *stopping_flags(bench, "SIGKILL"), out]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr, killed.stderr
-    assert len(written(tmp_path / "killed")) == 4
-    code, _, err = run_main(capsys, "--resume", "killed")
-    assert code == 0, err
-    assert same_but_for_timings(written(tmp_path / "killed"), never_stopped)
-
-
-def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    shutil.copy(HERE / "rlaif.py", tmp_path)
-    found = subprocess.run([sys.executable, "rlaif.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == -signal.SIGINT and found.stderr == ""
-
-
+    ends.append((tmp_path / "beside" / out, killed.stdout, file))
+    metrics = []
+    for folder, said, where in ends:
+        monkeypatch.chdir(folder.parent.parent)
+        words = shlex.split(said[said.index("python "):].splitlines()[0])
+        assert words == ["python", where, "--resume", out], "it cannot be pasted into a shell"
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+        before = (folder / "before.json").read_bytes()
+        code, _, err = run_main(capsys, *words[2:])
+        assert code == 0 and (folder / "before.json").read_bytes() == before, err
+        metrics.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert metrics[0] == metrics[1] and [m["iteration"] for m in metrics[0]] == list(range(1, 8))
 def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(monkeypatch):
-    history = [{"iteration": i, "score": 0.1 * i, "kl": 0.2 * i - 0.1, "entropy": 1.0, "beta": 0.3}
-               for i in (1, 2)]
+    history = [{"iteration": i, "score": 0.1 * i, "kl": 0.2 * i, "entropy": 1.0, "beta": 0.3} for i in (1, 2)]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(ImportError, match="matplotlib"):
             rlaif.draw_history(history)
     pytest.importorskip("matplotlib")
-    axes = rlaif.draw_history(history).axes
-    lines = {line.get_label(): line for axis in axes[::-1] for line in axis.get_lines()}
-    assert set(lines) == {"score", "kl", "entropy", "beta"}, "a truth that is not there is not drawn"
-    for found, expected in ((lines["score"].get_xdata(), [1, 2]), (lines["kl"].get_ydata(), [0.1, 0.3])):
-        close(found, expected, "a curve shows other numbers")
+    lines = {line.get_label(): line for axis in rlaif.draw_history(history).axes for line in axis.get_lines()}
+    assert set(lines) == {"score", "kl", "entropy"}, "a truth that is not there is not drawn"
+    close(lines["kl"].get_xydata(), [[1, 0.2], [2, 0.4]], "a curve shows other numbers")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3015,15 +3284,15 @@ def test_the_shared_tokenizer_reads_any_text_and_writes_it_back(tiny_tokenizers,
 
 
 def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
-    config = rlaif.Config(device="cpu", iterations=4, batch_size=64, eval_samples=6)
+    config = rlaif.Config(device="cpu", iterations=4, eval_samples=4)
     run = rlaif.prepare(config, gold=world.gold_scores)
     assert run.prompts == world.PROMPTS and run.held_out == world.HELDOUT_PROMPTS
     before, replies = rlaif.evaluate(run)
-    assert abs(before["score"]) < 0.3 and before["fluency"] > 0.95 and before["eos_fraction"] > 0.98, before
+    assert abs(before["score"]) < 0.4 and before["eos_fraction"] > 0.98, before
+    assert statistics.fmean(world.is_fluent(row["response"]) for row in replies) > 0.95
     assert abs(before["kl"]) < 1e-6, "the policy is its own reference, yet there is a KL"
     assert all(world.gold_score(row["prompt"], row["response"]) == row["gold"] for row in replies)
-    while run.iteration < run.config.iterations:
-        metrics = rlaif.update(run, rlaif.roll_out(run))
+    for metrics in rlaif.iterate(run):
         assert abs(metrics["ratio"] - 1) < 0.1 and 0 < metrics["distinct"] <= 1
     after, _ = rlaif.evaluate(run)
     for name in ("score", "gold"):
@@ -3037,20 +3306,20 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
 SOURCE = (HERE / "rlaif.py").read_text(encoding="utf-8")
 
 
-@pytest.fixture(params=["no file", "the file of another", "the file itself"])
-def kernel(request, tmp_path, monkeypatch):
-    """The names of a fresh notebook; some kernels, as VS Code's, set __file__ to what they show."""
+@pytest.mark.parametrize("file,cells", [(None, True), ("launcher.py", False), (str(HERE / "rlaif.py"), True)])
+def test_pasted_into_cells_all_is_defined_and_nothing_starts(file, cells, tmp_path, monkeypatch, capsys):
+    """Whole or cell by cell; some kernels, as VS Code's, set __file__ to what they show."""
     monkeypatch.setattr(sys, "argv", ["/opt/ipykernel_launcher.py", "-f", "connection.json"])
     main = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.chdir(HERE)
-    file = {"no file": {}, "the file of another": {"__file__": str(tmp_path / "launcher.py")},
-            "the file itself": {"__file__": str(HERE / "rlaif.py")}}[request.param]
-    vars(main).update(file)
-    return vars(main)
-
-
-def assert_all_is_there(kernel, tmp_path):
+    kernel = vars(main)
+    kernel.update({"__file__": file} if file else {})
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, cell in enumerate(re.split(r"^(?=# %%)", SOURCE, flags=re.MULTILINE) if cells else [SOURCE]):
+        exec(compile(cell, f"<cell {number}>", "exec"), kernel)
+    assert capsys.readouterr() == ("", "")
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for name, function in vars(rlaif).items():
         if getattr(function, "__module__", None) == "rlaif":
             assert name in kernel, f"{name} is not defined"
@@ -3059,23 +3328,6 @@ def assert_all_is_there(kernel, tmp_path):
     config = config(**dataclasses.asdict(toy_config(tmp_path, iterations=1, ppo_epochs=1)))
     (metrics,) = kernel["train"](config, score=count_a, policy=gpt2(), tokenizer=letters())
     assert metrics["iteration"] == 1
-
-
-def test_pasted_into_one_cell_everything_is_defined_and_nothing_starts(kernel, tmp_path, capsys):
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    exec(compile(SOURCE, "<cell>", "exec"), kernel)
-    assert capsys.readouterr() == ("", "")
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert_all_is_there(kernel, tmp_path)
-
-
-def test_cell_by_cell_everything_is_defined_and_nothing_starts(kernel, tmp_path, capsys):
-    cells = re.split(r"^(?=# %%)", SOURCE, flags=re.MULTILINE)
-    assert cells.pop(0) == "", "line 1 of the file is a marker"
-    for number, cell in enumerate(cells):
-        exec(compile(cell, f"<cell {number}>", "exec"), kernel)
-    assert capsys.readouterr() == ("", "")
-    assert_all_is_there(kernel, tmp_path)
 
 
 def test_every_section_is_a_cell_and_they_stand_in_order():
@@ -3103,101 +3355,4 @@ def test_each_public_function_runs_when_it_is_copied_alone():
         assert function.__doc__, f"{function.__name__} has nothing that explains it"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What tiny_models says of all this
-# ------------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
-def test_the_account_of_a_preference_loss_adds_up(K, N, seed):
-    random = torch.Generator().manual_seed(seed)
-    answers = torch.rand(K, N, generator=random, dtype=torch.float64)
-    scores = torch.randn(2, N, generator=random, dtype=torch.float64)
-    label, model = (torch.distributions.Bernoulli(p)
-                    for p in (answers.mean(dim=0), torch.sigmoid(scores[0] - scores[1])))
-    loss = preference_loss(*scores, label.probs).item()
-    doubt, disagreement, misfit = build.loss_account(answers, loss)
-    close(doubt + disagreement + misfit, loss, "the three parts are not the loss")
-    close(misfit, torch.distributions.kl_divergence(label, model).mean().item(), "misfit is a mean KL")
-    assert doubt >= 0 and disagreement > -1e-12 and (K > 1 or abs(disagreement) < 1e-12)
-    each = [preference_loss(*scores, answer).item() for answer in answers]
-    close(sum(each) / K, loss, "one principle drawn for a pair costs the same model the same, on average")
-
-
-@pytest.mark.parametrize("differences,low,high,says", [
-    ([1.0, 2.0, 3.0], -0.484, 4.484, "cannot be told with 3 runs"),  # 2 -+ 4.303 / sqrt(3), by hand
-    ([1.8, 2.0, 2.2], 1.503, 2.497, "holds"), ([-1.8, -2.0, -2.2], -2.497, -1.503, "the reverse holds")])
-def test_a_verdict_is_students_interval_over_paired_runs(differences, low, high, says):
-    less = {i: 10.0 * i for i in range(5)}  # runs without a partner are left out
-    verdict = protocol.compare("", {i: less[i] + d for i, d in enumerate(differences)}, less)
-    close(torch.tensor(verdict.interval), torch.tensor([low, high]), "another interval", atol=2e-3)
-    assert str(verdict) == says
-
-
-def test_arms_are_compared_at_the_same_kl_between_their_own_points():
-    kl, gold = (0.25, 4.0, 1.0), (0.5, 2.0, 1.0)  # gold is the root of the KL: a straight line
-    arm = protocol.Arm(betas=(3.0, 0.1, 1.0), runs=1)
-    arm.results = {(beta, 0): {"kl": k, "gold": g} for beta, k, g in zip(arm.betas, kl, gold)}
-    for at in (0.25, 0.7, 3.7, 4.0):
-        close(arm.at_kl(kl=at)[0], at ** 0.5, f"gold at {at} nats")
-    assert arm.at_kl(kl=4.1) == arm.at_kl(kl=0.2) == {}, "outside its points an arm says nothing"
-    assert arm.at_beta(0.1) == {0: 2.0}
-
-
-@given(st.integers(0, 2**31))
-def test_a_planted_flaw_bends_the_labels_its_own_way(seed):
-    answers = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(seed)) * 0.8 + 0.1
-    pairs = {"responses_a": ["one two three", "What a lovely goal! Go"],
-             "responses_b": ["one", "a b c d e f"], "answers": answers.tolist()}
-    swapped = {"responses_a": pairs["responses_b"], "responses_b": pairs["responses_a"],
-               "answers": answers.flip(1).tolist()}
-    sound = feedback.averaged(answers)
-
-    def labels(how, *arguments, of=pairs):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(feedback, "judged_pairs", lambda i: dict(of))
-            return how(0, *arguments)[1]
-    for flaw in ("length", "flattery", "careless", "blind"):
-        close(labels(feedback.flawed, flaw, 0), sound, f"{flaw} of no strength", atol=1e-5)
-    for how in (("length", 1), ("flattery", 1), ("position", 2, "both")):
-        both = labels(feedback.flawed, *how) + labels(feedback.flawed, *how, of=swapped)
-        close(both, torch.ones(2), f"{how} does not depend on which reply is a", atol=1e-5)
-    longer, flatters = (labels(feedback.flawed, flaw, 1) - sound for flaw in ("length", "flattery"))
-    assert longer[0] > 0 > longer[1] and flatters[1] > 0 and abs(flatters[0]) < 1e-6
-    against = labels(feedback.flawed, "flattery", 1, "principle")
-    assert against[1] < labels(feedback.flawed, "flattery", 1)[1]
-    one_order = labels(feedback.flawed, "position", 2)
-    assert (one_order > answers[:, 0].mean(dim=0)).all(), "the reply that stands first gains"
-    assert (labels(feedback.flawed, "hard", 1) == (sound > 0.5)).all()
-    own = (answers[:, 0] + 1 - answers[:, 1]) / 2  # (4, 2): each principle's own label
-    assert ((own - labels(feedback.drawn, 1)).abs() < 1e-6).any(dim=0).all()
-
-
-def test_what_a_run_needs_is_made_before_it_and_once():
-    careless, pooled = (partial(how, flaw="careless", strength=8)
-                        for how in (feedback.flawed, feedback.pooled))
-    jobs = [protocol.Job(partial(runs.ensemble, how="mean"), {"beta": 0.3, "preference": careless}, 5),
-            protocol.Job(measurements.aged, {"beta": 0.15}, 2),
-            protocol.Job(runs.ppo, {"beta": 1.0, "preference": pooled}, 2)]
-    assert [job.line() for job in jobs] == [
-        {"how": ["ensemble", "mean"], "settings": {"beta": 0.3, "preference": "flawed careless 8"}, "i": 5},
-        {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
-        {"how": ["ppo"], "settings": {"beta": 1.0, "preference": "pooled careless 8"}, "i": 2}]
-    labels, plain, others, policies = ([arguments for _, *arguments in calls]
-                                       for _, calls in protocol.stages(jobs))
-    others = [[i, feedback.kind_of(kind)] for i, kind in others]
-    assert labels == [[0], [1], [2], [3], [4], [5]] and plain == [[0], [1], [2], [5]]
-    assert policies == [[2, 0.15]]
-    assert others == [[0, "flawed careless 8"], [1, "flawed careless 8"], [2, "all_answers"],
-                      [2, "pooled careless 8"], [5, "flawed careless 8"]]
-
-
-def test_an_alarm_is_as_loud_as_what_it_watches_has_moved():
-    looks = [[0.0, 1.0, 0.5, 0.4, 15.0, 0.9, 0.1, 0.6, 0.7],
-             [1.0, 2.0, 0.8, 0.5, 12.0, 0.8, 0.3, 0.9, 0.6]]
-    expected = {"KL": [1, 2], "score": [0.5, 0.8], "entropy": [0, 0], "length": [0, 3], "distinct": [0, 0.1],
-                "committee": [0.1, 0.3], "judge": [0, 0], "agreement": [0, 0.1]}
-    levels = alarms.levels(looks)
-    assert levels.keys() == expected.keys()
-    for name, values in expected.items():
-        close(torch.tensor(levels[name]), torch.tensor(values, dtype=torch.float32), name, atol=1e-6)
+# What tiny_models/experiments says of all this is proven beside it.
