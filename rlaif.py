@@ -98,7 +98,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -647,7 +647,7 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             data[f"rows_{side}"] += preference.tokenize(chunk, reply.responses, reply.ended)
         data["prob_a"] += judge_pairs(judge, judge_tokenizer, constitution, chunk, a.responses, b.responses,
                                       chunk=preference.chunk, worth=worth).tolist()
-        if start == 0:
+        if worth and start == 0:
             tqdm.write("judge: the same reply in both orders {same:.0%}, the first of two {first:.0%},\n"
                        "  probability of its two answers {hold:.2f}".format(**worth))
             if worth["same"] < 0.6 or not 0.3 <= worth["first"] <= 0.7 or worth["hold"] < 0.5:
@@ -1202,7 +1202,7 @@ def read_prompts(path, name, tokenizer):
     prompt that spells a special token of `tokenizer`: it could forge a turn."""
     with trying(f"{name} {path} is to hold UTF-8 lines of text or JSON"):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
-        if path.endswith((".csv", ".tsv", ".yaml", ".yml")):
+        if path.lower().endswith((".csv", ".tsv", ".yaml", ".yml")):
             raise ValueError("it is named otherwise")
     entries, is_json, prompts = text.split("\n"), text[:1] == "{" or path.endswith((".json", ".jsonl")), []
     with contextlib.suppress(ValueError):
@@ -1237,7 +1237,8 @@ def load_prompts(run, judge):
                                  lambda x: run.score.tokenize([x], [""], [True])[0], new)
     if judge:
         model, own, principles = judge
-        principle, template = max(principles, key=len), None if own.chat_template else "{prompt}"
+        principle = max(principles, key=lambda text: len(own(text).input_ids))
+        template = None if own.chat_template else "{prompt}"
         readers["judge"] = (model, own, lambda x: encode(own, [JUDGE_QUESTION.format(
             principle=principle, turns=as_lines(x), a="", b="")], template)[0], 2 * new + 1)
     read, longest = {}, dict.fromkeys(readers, [])
@@ -1388,7 +1389,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
     run = Run(config, device, policy, reference, tokenizer, [], [], score, gold, passed, config.beta)
     run.prompts, run.held_out = load_prompts(run, judge)
     with run.own_random(), run.autocast(), trying(f"policy: this {type(policy).__name__} cannot be used"):
-        r = respond(policy, tokenizer, run.prompts[:16], config)
+        r = respond(policy, tokenizer, (run.prompts * 16)[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
         warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; the others' "
@@ -1526,7 +1527,7 @@ def main(argv=None):
 def run_and_report(config):
     """The command's work: load, measure, train under a progress bar, measure again, write, print."""
     run, out = prepare(config), pathlib.Path(config.out)
-    if not (out / "before.json").exists():
+    if run.iteration == 0 and not (out / "before.json").exists():
         before = json.dumps(evaluate(run, at_most=256))  # measuring is not to take longer than training
         write_whole(out / "before.json", lambda new: new.write_text(before, encoding="utf-8"))
     bar = "{desc} {n_fmt}/{total_fmt} |{bar:6}| {elapsed}<{remaining}, {rate_inv_fmt}{postfix}"
@@ -1535,7 +1536,9 @@ def run_and_report(config):
             shown = [name for name in ("score", "gold", "kl") if name in metrics]
             progress.set_postfix({name: f"{metrics[name]:.2f}" for name in shown})
             progress.update()
-    before, rows_before = json.loads((out / "before.json").read_text(encoding="utf-8"))
+    before, rows_before = {}, []  # of a run that was begun in Python and is some way on
+    if (out / "before.json").exists():
+        before, rows_before = json.loads((out / "before.json").read_text(encoding="utf-8"))
     after, rows_after = evaluate(run, at_most=256)
 
     lines = []
@@ -1545,7 +1548,7 @@ def run_and_report(config):
             gold = f", gold {row['gold']:4.1f}" if "gold" in row else ""
             lines.append(f"  {name:6} score {row['score']:5.2f}{gold} {' '.join(row['response'].split())}")
     summary = [f"{'held-out prompts':16} {'before':>9} {'after':>9}"]
-    summary += [f"{name:16} {before[name]:9.3f} {after[name]:9.3f}" for name in before]
+    summary += [f"{name:16} {before.get(name, math.nan):9.3f} {after[name]:9.3f}" for name in after]
     (out / "samples.md").write_text("\n".join(["```", *lines, "", *summary, "```", ""]), encoding="utf-8")
     width = shutil.get_terminal_size().columns
     print("\n".join([line[:width] for line in lines[:9]] + ["", *summary, ""]))

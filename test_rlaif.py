@@ -2,7 +2,8 @@
 
 The order is the module's, section by section, so that code and proof can be read side by side. Oracles are
 independent of the code under test: sums in O(T^2), enumeration of every response, autograd, float64,
-torch.distributions, transformers' own generate. An assert that fails says what is probably wrong.
+torch.distributions, transformers' own generate. An assert that fails says what is probably wrong; one that
+allows a difference says how large a mistake it lets through.
 
     pytest                       the fixed set of examples, the same on every run
     pytest -k gae                what proves one function, alone: empty its body, write it again, run this
@@ -17,7 +18,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import random
@@ -32,7 +32,6 @@ import subprocess
 import sys
 import types
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +42,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PreTrainedTokenizerFast, FalconConfig, FalconForCausalLM,
@@ -53,7 +53,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
                    shape_rewards, token_logprobs, update_beta, value_loss, whiten)
-from tiny_models import build, experiments, world
+from tiny_models import world
 from tiny_models.exact import (ALL_MASK, ALL_TOKENS, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
                                enumerate_logprobs, exact_run, expected_gradient, flat_gradient, gpt2, letters,
                                objective_gradient, optimum, toy_config)
@@ -77,54 +77,70 @@ def device(request):
     return request.param
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is drawn: batches of responses of different lengths, in float64
-# ------------------------------------------------------------------------------------------------------------
+# What is drawn: batches of responses of different lengths, in float64 ---------------------------------------
 
 
 @dataclasses.dataclass
 class Batch:
-    """B responses of 1 to T tokens, with random tensors to match; the same numbers on every device."""
+    """B responses of up to T tokens, with random tensors to match, which are poisoned outside the mask."""
     lengths: list
     T: int
     seed: int
-    device: str = "cpu"
+    device: str
+    poison: float
 
     def __post_init__(self):
         self.random = torch.Generator().manual_seed(self.seed)
-        self.B = len(self.lengths)
+        self.B, self.n = len(self.lengths), sum(self.lengths)
         self.mask = (torch.arange(self.T) < torch.tensor(self.lengths)[:, None]).to(self.device)
-
-    def on(self, device):
-        return Batch(self.lengths, self.T, self.seed, device)
+        self.real = [(b, t) for b, length in enumerate(self.lengths) for t in range(length)]
 
     def draw(self, *shape, scale=1.0):
-        x = torch.randn(shape or (self.B, self.T), generator=self.random, dtype=torch.float64)
-        return (x * scale).to(self.device)
+        x = scale * torch.randn(shape or (self.B, self.T), generator=self.random, dtype=torch.float64)
+        return x.to(self.device) if shape else torch.where(self.mask, x.to(self.device), self.poison)
 
-    def masked(self, *shape, scale=1.0):
-        return torch.where(self.mask, self.draw(*shape, scale=scale), 0.0)
+    def table(self, of):
+        """The tensor with of(b, t) at the real tokens, and 0 elsewhere."""
+        x = torch.zeros(self.B, self.T, dtype=torch.float64)
+        for b, t in self.real:
+            x[b, t] = of(b, t)
+        return x
 
 
 @st.composite
-def batches(draw, max_rows=5, max_tokens=8, min_rows=1):
-    lengths = draw(st.lists(st.integers(1, max_tokens), min_size=min_rows, max_size=max_rows))
-    return Batch(lengths, max(lengths) + draw(st.integers(0, 3)), draw(st.integers(0, 2**31)))
+def batches(draw, shortest=0):
+    lengths = draw(st.lists(st.integers(shortest, 8), min_size=1, max_size=5).filter(any))
+    poison = draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e300]))
+    return Batch(lengths, max(lengths) + draw(st.integers(0, 3)), draw(seeds), draw(devices), poison)
 
 
-unit = st.floats(0, 1)
+unit, seeds, devices = st.floats(0, 1), st.integers(0, 2**31), st.sampled_from(DEVICES)
 
 
 def close(a, b, why, atol=1e-10):
-    """Assert that two tensors agree to 1e-10, and say why they should."""
+    """Assert that two tensors agree, to the rounding of float64 unless `atol` allows more, and say why."""
     a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (a, b))
     agree = torch.allclose(a, b.expand_as(a), rtol=1e-10, atol=atol)
     assert agree, f"{why}: off by {(a - b).abs().max().item():.3g}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tiny models made on the spot (`gpt2` and `letters` come from tiny_models/exact.py)
-# ------------------------------------------------------------------------------------------------------------
+FLOAT32 = 1e-4  # the rounding of a model's pass; what random models say of two tokens differs by 0.1 and more
+
+
+@contextlib.contextmanager
+def nowhere():
+    """The default device holds no data: a tensor that is not made where its inputs are cannot be used."""
+    pad = rlaif.pad
+
+    def pad_on_the_cpu(*args, **more):  # it makes its tensors anywhere, and moves them to the model
+        with torch.device("cpu"):
+            return pad(*args, **more)
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(rlaif, "pad", pad_on_the_cpu)
+        yield
+
+
+# Tiny models made on the spot (`gpt2` and `letters` come from tiny_models/exact.py) -------------------------
 
 
 def modern(config_class, model_class, seed=0, **settings):
@@ -148,25 +164,85 @@ ARCHITECTURES = {
     "Llama": lambda **s: modern(LlamaConfig, LlamaForCausalLM, **s),
     "Qwen2": lambda **s: modern(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True, **s),
     "GPT-NeoX": lambda **s: modern(GPTNeoXConfig, GPTNeoXForCausalLM, **s),
-    # These two see padding where a forward pass is given no attention mask; the others guess it from the
-    # position ids.
+    # Without an attention mask these two see padding; the others guess it from the position ids.
     "OPT": opt,
     "Falcon": lambda **s: modern(FalconConfig, FalconForCausalLM, alibi=True, new_decoder_architecture=False,
                                  hidden_dropout=0.0, attention_dropout=0.0, **s),
 }
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
+
+def bpe(words, adds="$A", normalizer=None, **special):
+    """A tokenizer with these words, merged letter by letter; `adds` says what it puts around a text."""
+    ids = {word: i for i, word in enumerate(words)}
+    merges = [(word[:-1], word[-1]) for word in words if len(word) > 1 and word[0] != "<"]
+    tokenizer = Tokenizer(models.BPE(ids, merges))
+    tokenizer.decoder = decoders.Fuse()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    ends = [(word, i) for word, i in ids.items() if word[0] == "<" and len(word) > 1]
+    tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=ends)
+    others = [word for word, _ in ends if word not in special.values()]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=others, **special)
+
+
+POLICY_WORDS = ["<pad>", "a", "b", "c", "q", ":", " ", "!", "ab", "abc", " c", "<bos>", "<eos>"]
+SCORED_WORDS = ["<end>", "A", "B", "C", "Q", "!", ":", " ", "\n", "c", "b", "a", "q", "ba", "a ", "<start>"]
+
+
+def uneven_world(folder=None, own_tokens=False, **settings):
+    """A world in which no two things are equal that the code must keep apart -> a namespace.
+
+    tokenizers  The policy's lower-cases, drops line ends, adds a BOS and has tokens of several letters: a
+                text goes back to other ids than those sampled, and is shorter than its template. The
+                preference model's has other ids, keeps case, and adds a BOS and an EOS, whose id is 0 (with
+                own_tokens it is the policy's, as `dense_reward` and value "preference" need).
+    ends        A reply ends with the tokenizer's <eos> or, by the generation config, with "!", which is text.
+                No PAD is an EOS; the preference model's is "c", with which replies may end.
+    models      Policy, reference and preference model differ in weights, width and context; none is tied.
+    data        Prompts are of different lengths, none is its template, and the held-out ones are others.
+    settings    None is a default, and none equals another that it could be taken for. The minibatch does not
+                divide the batch, nor save_every the iterations.
+
+    `prepare(**changes)`, which needs a folder, gives a Run with that reference and a price that has moved.
+    """
+    w = types.SimpleNamespace(prompts=["Ab", "c a", "bcab C"], held_out=["Ba", "aa c b"])
+    lower = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("\n", "")])
+    w.tokenizer = bpe(POLICY_WORDS, "<bos> $A", lower, eos_token="<eos>", pad_token="<pad>")
+    w.policy = gpt2(13, seed=1, context=48, tie_word_embeddings=False)
+    w.policy.generation_config.eos_token_id = POLICY_WORDS.index("!")
+    w.reference = gpt2(13, seed=2, context=64, n_embd=24, tie_word_embeddings=False)
+    own = bpe(SCORED_WORDS, "<start> $A <end>", eos_token="<end>")
+    scorer = gpt2(16, seed=3, kind=GPT2ForSequenceClassification, context=80, n_embd=40, num_labels=1,
+                  pad_token_id=SCORED_WORDS.index("c"))
+    w.preference = rlaif.PreferenceModel(scorer, w.tokenizer if own_tokens else own, "Q: {prompt}\nA:")
+    for name, lines in (("prompts", w.prompts), ("eval_prompts", w.held_out)):
+        if folder:
+            (folder / f"{name}.txt").write_text("\n".join(lines))
+            settings.setdefault(name, str(folder / f"{name}.txt"))
+    w.config = rlaif.Config(**{
+        "template": "Q: {prompt}\nA:", "pairs": 34, "preference_epochs": 2, "preference_learning_rate": 4e-3,
+        "iterations": 5, "batch_size": 8, "minibatch_size": 3, "ppo_epochs": 2, "max_new_tokens": 6,
+        "temperature": 0.8, "beta": 0.37, "kl_target": 0.9, "kl_horizon": 71.0, "missing_eos_score": -1.7,
+        "value": "separate", "value_head": "random", "gamma": 0.93, "lam": 0.81, "clip": 0.13,
+        "value_clip": 0.29, "value_coef": 0.17, "entropy_coef": 0.019, "stop_kl": 9.0, "learning_rate": 3e-3,
+        "adam_epsilon": 2e-5, "max_grad_norm": 0.6, "seed": 3, "device": "cpu", "eval_samples": 3,
+        "save_every": 2, **settings})
+
+    def prepare(**changes):
+        config = dataclasses.replace(w.config, **changes)
+        run = rlaif.prepare(config, w.preference, count_a, w.policy, w.tokenizer)
+        run.reference, run.beta = w.reference, 1.4 * run.beta
+        return run
+    w.prepare = prepare
+    return w
+
+
 ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinxX"))
 
 
 def random_judge(seed=0, **special):
     return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
-
-
-def preference_model(seed=0, kind=GPT2ForSequenceClassification, **special):
-    tokenizer = letters("ab cxyUsertin:\nAp", **special)
-    model = gpt2(len(tokenizer), seed, kind, context=64, num_labels=1)
-    return rlaif.PreferenceModel(model, tokenizer, "User: {prompt}\nA:")
 
 
 def save_pair(folder, model, tokenizer):
@@ -194,1278 +270,750 @@ def same_but_for_timings(a, b):
     return strip(a) == strip(b)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. AI feedback
-# ------------------------------------------------------------------------------------------------------------
+# 1. AI feedback ---------------------------------------------------------------------------------------------
+
+CHAT = ("<bos>{% for m in messages %}|{{ m.role }}|{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}|tutti|{% endif %}")
+# A question, what a judge has read when it answers, token by token, and the first tokens in which its answers
+# differ. Its tokenizer merges ": " and " A", but not " B".
+ASKED = {"ab:": (["a", "b", ": "], "A", "B"), "cdefgh": ([*"cdefgh"], " A", " "), "cd": ([*"cd"], " A", " ")}
+CHATTED = {question: ([*f"|user|{question}|tutti|"], "A", "B") for question in ASKED}
+WORDS = [*ALPHABET, ": ", " A", "<bos>", "<eos>"]
 
 
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("architecture", ["GPT-2", "OPT"])  # OPT sees padding where the mask is left out
-def test_the_judge_is_read_at_the_first_token_in_which_the_answers_differ(architecture, chat):
-    template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-                "{% if add_generation_prompt %}<tutti>{% endif %}") if chat else None
-    judge, tokenizer = random_judge(chat_template=template)
-    if architecture == "OPT":
-        judge = opt(vocab_size=len(tokenizer), max_position_embeddings=256)
-    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<", "<eos>")]
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="< $A <eos>", special_tokens=ends)
-    questions = ["cdefgh", "ab", "cde"]
-    # " A" and " B" differ after the space. The tokenizer adds a BOS, but not to a chat, which has its own.
-    texts = [f"<user>{question}<tutti>" if chat else f"<{question} " for question in questions]
-
-    def expected(text):
-        logits = judge(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])).logits[0, -1]
-        return logits[tokenizer.convert_tokens_to_ids(["A", "B"])].float().softmax(0)[0]
-    answers = rlaif.ask_judge(judge, tokenizer, questions)
+@pytest.mark.parametrize("make,cases,template", [
+    (lambda: gpt2(len(WORDS), context=64), ASKED, None),
+    (lambda: opt(vocab_size=len(WORDS), max_position_embeddings=64), CHATTED, CHAT)])
+def test_a_judge_answers_at_the_first_token_in_which_its_answers_differ(make, cases, template):
+    judge, words, expected, held = make(), WORDS, [], []
+    tokenizer = bpe(words, "<bos> $A <eos>", eos_token="<eos>", chat_template=template)
+    for shared, a, b in cases.values():
+        logits = judge(torch.tensor([[words.index(word) for word in ["<bos>", *shared]]])).logits[0, -1]
+        held.append(logits.softmax(0)[[words.index(a), words.index(b)]].sum().item())
+        expected.append(logits[[words.index(a), words.index(b)]].softmax(0)[0].item())
+    with nowhere():
+        logprobs = rlaif.ask_judge(judge, tokenizer, [*cases] * 100)  # more than one pass takes
+    answers = logprobs.softmax(dim=1)[:, 0]
     assert not answers.requires_grad, "the judge's graph is kept"
-    for answer, text in zip(answers, texts):
-        close(answer, expected(text), "not softmax over the two answers, after what they share and with "
-              "padding unseen", atol=1e-5)
-    judge.bfloat16()
-    (answer,) = rlaif.ask_judge(judge, tokenizer, questions[:1])
-    close(answer, expected(texts[0]), "in half precision the softmax must be upcast", atol=1e-5)
-
-
-def test_a_judge_that_cannot_tell_its_answers_apart_or_read_so_far_is_an_error():
-    judge, tokenizer = random_judge()
-    with pytest.raises(ValueError, match="A and B alike"):
-        rlaif.ask_judge(judge, letters([x for x in ALPHABET if x not in "AB"]), ["ab"])
-    with pytest.raises(ValueError, match="a text of 301 tokens is longer than the context"):
-        rlaif.ask_judge(judge, tokenizer, ["a" * 300])
-
-
-def test_judge_pairs_makes_the_two_sides_of_a_label_sum_to_one_by_asking_both_orders():
-    judge, tokenizer = random_judge()
-    sides = ["aa", "b", "cd"], ["e", "fgh", "ab"]
-
-    def labels(first, second, **how):
-        return rlaif.judge_pairs(judge, tokenizer, rlaif.CONSTITUTION, ["c"] * 3, first, second, **how)
-    ab, ba = labels(*sides), labels(*sides[::-1])
-    close(ab + ba, torch.ones(3), "p(a, b) + p(b, a) is not 1: were both orders given the same label?", 1e-6)
-    ab_once, ba_once = labels(*sides, both_orders=False), labels(*sides[::-1], both_orders=False)
-    assert ((ab_once + ba_once - 1).abs() > 1e-3).all(), (
-        "a random judge has a position bias: with one order it must show")
-    close(ab, (ab_once + 1 - ba_once) / 2, "the label is not the average of the two orders: the second order "
-          "says how likely b is, so 1 minus it is a's", atol=1e-6)
-
-
-def numbered_pairs(n):
-    return [f"q{i}" for i in range(n)], [f" a{i}" for i in range(n)], [f" b{i}" for i in range(n)]
-
-
-def judge_question(principle, i, first, second):
-    """What a judge is asked of pair i, each reply without the space before it."""
-    return f"{principle}\nUser: q{i}\n(A) {first}{i}\n(B) {second}{i}\nThe better response is:"
-
-
-class Oracle:
-    """A judge that answers every question by a number drawn for it, and remembers what it was asked."""
-
-    def __init__(self, monkeypatch):
-        self.asked, self.answers, self.random = [], {}, random.Random(0)
-        monkeypatch.setattr(rlaif, "ask_judge", self.ask_judge)
-
-    def ask_judge(self, judge, tokenizer, questions):
-        self.asked += questions
-        return torch.tensor([self.answers.setdefault(text, self.random.random()) for text in questions])
+    # Any two of these questions differ by 0.02 and more in their answers.
+    close(answers.view(100, 3), [expected] * 100, "not, in the order asked, the softmax over both answers "
+          "after what they share: BOS once, no EOS, padding unseen?", atol=1e-5)
+    close(logprobs.exp().sum(dim=1).view(100, 3), [held] * 100, "not the probability of both answers", atol=1e-5)
+    half = rlaif.ask_judge(judge.bfloat16(), tokenizer, [*cases]).softmax(dim=1)[:, 0]
+    # bfloat16 moves log-odds of 1 by some 0.01; with the softmax in it too, nothing is left to round.
+    close(half, expected, "a judge in half precision says something else", atol=0.05)
+    assert (half != half.bfloat16()).any(), "in half precision the softmax must be taken in float32"
+    for tokens, question in ((letters([x for x in ALPHABET if x not in "AB"]), "ab"), (tokenizer, "a" * 65)):
+        with pytest.raises(ValueError):  # it writes both answers alike; it cannot read so far
+            rlaif.ask_judge(judge, tokens, ["ab", question])
 
 
 def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_answers(monkeypatch):
-    oracle, principles = Oracle(monkeypatch), ["kinder", "safer", "clearer"]
-    labels = rlaif.judge_pairs(None, None, principles, *numbered_pairs(5))
-    expected = [judge_question(principle, i, *order) for i in range(5) for principle in principles
-                for order in ("ab", "ba")]
-    assert sorted(oracle.asked) == sorted(expected), (
-        "each pair must be asked about once under each principle and in each order")
-    for i, label in enumerate(labels.tolist()):
-        votes = [oracle.answers[judge_question(principle, i, "a", "b")] for principle in principles]
-        votes += [1 - oracle.answers[judge_question(principle, i, "b", "a")] for principle in principles]
-        close(label, sum(votes) / 6, "a label is not the mean of all answers about its own pair, those of "
-              "the second order turned round", atol=1e-6)
+    """Against a judge that answers every question by a number drawn for it."""
+    asked, answers, principles, draw = [], {}, ["kinder", "safer", "clearer"], random.Random(0)
+
+    def ask_judge(judge, tokenizer, questions, *more, **even_more):
+        assert (judge, tokenizer) == ("judge", "its tokenizer")
+        asked.extend(questions)
+        prob_a = torch.tensor([answers.setdefault(text, draw.random()) for text in questions])
+        return torch.stack([prob_a, 1 - prob_a], dim=1).log()
+    monkeypatch.setattr(rlaif, "ask_judge", ask_judge)
+    prompts, a, b = ([f"{side}{i} {{a}}" for i in range(5)] for side in ("q", " a", "b"))
+
+    def labels(a, b, **more):
+        return rlaif.judge_pairs("judge", "its tokenizer", principles, prompts, a, b, **more)
+
+    def questions(first, second):
+        return [[f"{principle}\nUser: {x}\n(A) {one.strip()}\n(B) {other.strip()}\nThe better response is:"
+                 for principle in principles] for x, one, other in zip(prompts, first, second)]
+    both, expected = labels(a, b), []
+    assert sorted(asked) == sorted(sum(questions(a, b) + questions(b, a), [])), (
+        "each pair must be asked about once under each principle and in each order, without outer spaces")
+    for ab, ba in zip(questions(a, b), questions(b, a)):
+        expected.append(sum([answers[text] for text in ab] + [1 - answers[text] for text in ba]) / 6)
+    close(both, expected, "not the mean of the answers about its own pair, of those in the second order 1 - p", 1e-6)
+    close(both + labels(b, a), torch.ones(5), "p(a, b) + p(b, a) is not 1", atol=1e-6)
+    once = [sum(answers[text] for text in ab) / 3 for ab in questions(a, b)]
+    close(labels(a, b, both_orders=False), once, "one order is the first", atol=1e-6)
 
 
-def test_judge_pairs_with_one_principle_draws_it_for_each_pair_and_keeps_it_in_both_orders(monkeypatch):
-    oracle, principles = Oracle(monkeypatch), ["kinder", "safer", "clearer"]
-    torch.manual_seed(0)
-    labels = rlaif.judge_pairs(None, None, principles, *numbered_pairs(20), principles="one")
-    drawn = []
-    for i, label in enumerate(labels.tolist()):
-        asked = [text for text in oracle.asked if f"User: q{i}\n" in text]
-        own = {text.splitlines()[0] for text in asked}
-        assert len(own) == 1, "the two orders of a pair must share one principle"
-        (principle,) = own
-        first, second = judge_question(principle, i, "a", "b"), judge_question(principle, i, "b", "a")
-        assert sorted(asked) == sorted([first, second]), "a pair is asked about once in each order"
-        close(label, (oracle.answers[first] + 1 - oracle.answers[second]) / 2, "not the mean of both orders",
-              atol=1e-6)
-        drawn.append(principle)
-    assert set(drawn) == set(principles), "a principle must be drawn for each pair, and any may be"
+# 2. The preference model ------------------------------------------------------------------------------------
+
+bce = torch.nn.functional.binary_cross_entropy_with_logits
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The preference model
-# ------------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.floats(-8, 8), st.floats(-8, 8), unit), min_size=1, max_size=6),
-       st.floats(-10, 10))
-def test_preference_loss_is_bradley_terry_on_soft_labels(device, rows, shift):
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), unit), min_size=1, max_size=6),
+       st.floats(-10, 10), st.booleans(), devices)
+def test_preference_loss_is_bradley_terry_on_soft_labels(rows, shift, are_close, device):
     a, b, p = torch.tensor(rows, dtype=torch.float64, device=device).T
-    a = a.clone().requires_grad_()
-    loss = preference_loss(a, b, p)
-    win = torch.sigmoid(a - b)
-    close(loss, -(p * win.log() + (1 - p) * (1 - win).log()).mean(),
-          "not the mean cross-entropy of sigma(a - b) with p: is the difference upside down?", atol=1e-8)
+    a, b = (x * (0.01 if are_close else 1.0) for x in (a, b))
+    loss = preference_loss(a.requires_grad_(), b, p)
+    close(loss, bce(a - b, p), "not the mean cross-entropy of sigma(a - b) with p: is the difference upside "
+          "down, or log(sigmoid(x)) lost far from 0?", atol=1e-8)
+    (grad,) = torch.autograd.grad(loss, a)
+    close(grad, (torch.sigmoid(a - b) - p) / len(rows), "the gradient is sigma(a - b) - p", atol=1e-8)
     entropy = torch.distributions.Bernoulli(p.cpu()).entropy().mean()
     assert loss.item() >= entropy - 1e-9, "no score can bring the loss below the entropy of soft labels"
-    (grad,) = torch.autograd.grad(loss, a)
-    close(grad, (win - p) / len(rows), "the gradient by the difference is sigma(d) - p", atol=1e-8)
     close(preference_loss(a + shift, b + shift, p), loss, "only the difference of the scores counts", 1e-8)
-    close(preference_loss(b, a, 1 - p), loss, "swapping the pair and its label changes nothing")
+    close(preference_loss(b, a, 1 - p), loss, "swapping the pair and its label changes nothing", 1e-8)
+    for wide in ([0], [1], [2], [0, 1, 2]):  # a column, as transformers returns it, would be spread to (N, N)
+        with pytest.raises(ValueError):
+            preference_loss(*(x[:, None] if i in wide else x for i, x in enumerate((a, b, p))))
 
 
-def test_preference_loss_of_scores_far_apart_is_finite_and_still_teaches():
-    a = torch.tensor([1000.0, -1000.0], requires_grad=True)
-    loss = preference_loss(a, torch.zeros(2), torch.tensor([0.0, 1.0]))
-    loss.backward()
-    close(loss, 1000.0, "surely wrong scores cost their difference: log(sigmoid(x)) loses it, logsigmoid(x) "
-          "does not", atol=1e-3)
-    close(a.grad, [0.5, -0.5], "surely wrong scores must get the full gradient", atol=1e-6)
-
-
-@pytest.mark.parametrize("wide", range(3))
-def test_preference_loss_refuses_a_column_as_transformers_returns_it(wide):
-    scores = [torch.tensor([1.0, -1.0]), torch.tensor([0.5, 2.0]), torch.tensor([0.9, 0.1])]
-    scores[wide] = scores[wide][:, None]
-    with pytest.raises(ValueError, match=r"\(N,\)"):
-        preference_loss(*scores)
-    with pytest.raises(ValueError):
-        preference_loss(*(x.reshape(2, 1) for x in scores))
-
-
-def test_a_score_is_the_head_at_the_last_real_token_whatever_stands_beside_it():
-    preference = preference_model(pad_token="<eos>")
-    prompts, responses, ended = ["a", "ab", "abc"], [" xyxyxy", " x", ""], [True, False, True]
-    scores = preference(prompts, responses, ended)
-    for prompt, response, end, score in zip(prompts, responses, ended, scores):
-        ids = preference.tokenizer(f"User: {prompt}\nA:{response}").input_ids
-        ids += [preference.tokenizer.eos_token_id] * end
-        hidden = preference.model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
-        close(score, preference.model.score(hidden)[0], "read at padding, or before the EOS", atol=1e-5)
-    assert preference(prompts, responses) == preference(prompts, responses, [True] * 3), (
-        "a response counts as ended unless said otherwise")
-    assert preference(prompts, responses, [True] * 3) != preference(prompts, responses, [False] * 3), (
-        "the EOS must be seen")
-    preference.tokenizer.eos_token = None
-    assert preference(prompts, responses, [True] * 3) == preference(prompts, responses, [False] * 3), (
-        "without an EOS none can be seen")
-    preference.tokenizer.eos_token = "<eos>"
-    with pytest.raises(ValueError, match="a text of 72 tokens is longer than the context"):
-        preference(["a"], ["x" * 61], [True])
-
-
-def test_scores_of_many_texts_come_in_their_order_and_without_a_graph():
-    preference = preference_model()
-    rows = preference.tokenize(["a"] * 40, TEXTS, [len(text) < 3 for text in TEXTS])
-    alone = torch.stack([preference.forward([row])[0] for row in rows])
-    assert alone.requires_grad, "`forward` is what the fit learns through"
-    scores = preference.scores(rows * 8)  # more than one pass takes
-    close(scores, alone.repeat(8), "scores came back in the order in which they were computed", atol=1e-5)
-    assert not scores.requires_grad, "`scores` only measures"
+def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands_beside_them():
+    w = uneven_world()
+    model, prompts, responses = w.preference.model, w.prompts + ["A"], ["ab!", " c", "", "a c"]
+    ended, alone = [True, False, True, False], []
+    for prompt, response, end in zip(prompts, responses, ended):
+        ids = w.preference.tokenizer(f"Q: {prompt}\nA:{response}", add_special_tokens=False).input_ids
+        ids = [SCORED_WORDS.index("<start>"), *ids] + [SCORED_WORDS.index("<end>")] * end
+        assert w.preference.tokenize([prompt], [response], [end]) == [ids], "template, BOS or EOS is wrong"
+        alone.append(model.score(model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]).item())
+    with nowhere():
+        scores = w.preference(prompts * 80, responses * 80, ended * 80)  # more than one pass takes
+    # Any two of these four scores lie 0.02 and more apart.
+    close(scores, alone * 80, "read at padding, before the end, or of another text", atol=1e-5)
+    rows = w.preference.tokenize(prompts, responses, ended)
+    assert w.preference.forward(rows).requires_grad, "`forward` is what the fit learns through"
+    assert not w.preference.scores(rows).requires_grad, "`scores` only measures"
+    all_ended, none_ended = (w.preference(prompts, responses, [end] * 4) for end in (True, False))
+    assert w.preference(prompts, responses) == all_ended != none_ended, "it ended unless said otherwise"
+    w.preference.tokenizer = bpe(SCORED_WORDS, "<start> $A")
+    assert w.preference(prompts, responses) == none_ended, "without an EOS none can be seen"
+    for bad in ((["A"], ["c" * 80], [True]), (["A", "B"], ["a", "b"], [True]), (["A", "B"], ["a"], [True])):
+        with pytest.raises(ValueError):  # too long, or not one of each
+            w.preference(*bad)
 
 
 @pytest.mark.parametrize("name", ["Bert", "ModernBertDecoder"])  # the second finds the end by its PAD
 def test_a_classifier_without_a_score_head_scores_through_its_own_pooling(name):
     torch.manual_seed(0)
-    tokenizer = letters("ab cxyUsertin:\nAp")
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=len(tokenizer) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=64, num_labels=1, initializer_range=0.5,
-        pad_token_id=len(tokenizer))
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=64, num_labels=1, initializer_range=0.5, pad_token_id=4)
     model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
-    preference = rlaif.PreferenceModel(model, tokenizer, "{prompt}")
-    together = preference(["a", "abc"], ["x", "xyxy"])
-    alone = preference(["a"], ["x"]) + preference(["abc"], ["xyxy"])
-    close(together, alone, "padding reaches the score", atol=1e-5)
+    preference = rlaif.PreferenceModel(model, letters(), "{prompt}")
+    rows = preference.tokenize(["a", "abc"], ["b", "caca"], [True, True])
+    alone = [model(torch.tensor([row])).logits.item() for row in rows]
+    close(preference(["a", "abc"], ["b", "caca"]), alone, "padding reaches the score", atol=1e-5)
 
 
-def test_a_text_may_fill_the_context_of_its_model_and_not_pass_it():
-    ids, mask = rlaif.pad([[0] * 16, [1]], "left", gpt2(context=16))
-    assert ids.shape == (2, 16) and mask.sum().item() == 17
-    with pytest.raises(ValueError, match="a text of 17 tokens is longer than the context"):
-        rlaif.pad([[0] * 17], "left", gpt2(context=16))
+def test_a_text_keeps_the_bos_that_its_tokenizer_adds_loses_the_eos_and_may_fill_the_context():
+    for adds, before in (("<bos> $A <eos>", [2]), ("$A <eos>", []), ("<bos> $A", [2]), ("$A", [])):
+        tokenizer = bpe(["a", "b", "<bos>", "<eos>"], adds, eos_token="<eos>")
+        assert rlaif.tokenize(tokenizer, ["ab", "b", "a<eos>"]) == [
+            before + [0, 1], before + [1], before + [0, 3]], "an EOS of the text's own stays"
+    ids, mask = rlaif.pad([[2] * 16, [1]], "left", gpt2(context=16))
+    assert ids.tolist() == [[2] * 16, [0] * 15 + [1]] and mask.tolist() == [[1] * 16, [0] * 15 + [1]]
+    with pytest.raises(ValueError):
+        rlaif.pad([[2] * 17], "left", gpt2(context=16))
 
 
-@pytest.mark.parametrize("single, before", [("^ $A <eos>", [2]), ("$A <eos>", []), ("^ $A", [2]), ("$A", [])])
-def test_a_text_keeps_the_bos_that_its_tokenizer_adds_and_loses_the_eos_that_it_adds(single, before):
-    tokenizer = letters("ab^")
-    ends = [("^", 2), ("<eos>", 3)]
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ends)
-    assert rlaif.tokenize(tokenizer, ["ab", "b", "a<eos>"]) == [
-        before + [0, 1], before + [1], before + [0, 3]], "an EOS of the text's own stays"
-
-
-def rows_of(preference, texts):
-    """The texts as ended replies to the prompt c, in the preference model's own tokens."""
-    return preference.tokenize(["c"] * len(texts), texts, [True] * len(texts))
-
-
-def test_a_preference_model_learns_soft_labels_down_to_their_entropy_and_is_calibrated():
-    policy, tokenizer = gpt2(seed=7), letters()
+def test_a_new_preference_model_is_the_policys_trunk_under_a_random_head():
+    w = uneven_world()
+    preference = rlaif.new_preference_model(w.policy, w.tokenizer, "{prompt}.")
+    trunks = zip(preference.model.base_model.parameters(), w.policy.base_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a is not b for a, b in trunks), "it starts from a copy of the trunk"
+    assert not preference.model.training and preference.tokenizer is w.tokenizer
+    assert preference.template == "{prompt}." and w.policy.config.num_labels != 1
+    narrow = gpt2(n_embd=2, n_head=1)
     torch.manual_seed(0)
-    preference = rlaif.new_preference_model(policy, tokenizer, "{prompt}")
-    trunks = zip(preference.model.base_model.parameters(), policy.base_model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in trunks), "it starts from the policy's trunk"
-    assert not preference.model.training, "dropout is on"
-    n = 400
-    a, b = ([TEXTS[i] for i in torch.randint(40, (n,))] for _ in "ab")
-    p = torch.sigmoid(torch.tensor(count_a([], a)) - torch.tensor(count_a([], b)))
-    rows_a, rows_b = rows_of(preference, a), rows_of(preference, b)
-    report = rlaif.fit_preference(preference, rows_a, rows_b, p, 12, minibatch_size=32, learning_rate=3e-3)
-    entropy = torch.distributions.Bernoulli(p).entropy().mean()
-    close(report["entropy"], entropy, "entropy is the mean one of all labels", atol=1e-6)
-    assert report["entropy"] <= report["train_loss"] + 0.01 < report["entropy"] + 0.04, (
-        f"soft labels are not learned to their entropy: {report}")
-    assert abs(report["loss"] - report["entropy"]) < 0.05, f"held-out pairs are not predicted: {report}"
-    score_a, score_b = preference.scores(rows_a), preference.scores(rows_b)
-    sure = (p - 0.5).abs() > 0.25
-    sure[:-n // 10] = False
-    right = ((score_a > score_b) == (p > 0.5))[sure]
-    assert 0 < len(right) < n // 10, "the example should hold labels that are sure and others"
-    close(report["accuracy"], right.float().mean(), "accuracy is over the held-out pairs with a sure label",
-          atol=1e-6)
-    assert report["accuracy"] > 0.9, f"{report}"
-    scores = torch.cat([score_a, score_b])
-    assert abs(scores.mean()) < 0.3 and abs(scores.std() - 1) < 1e-3, (
-        "not calibrated to mean 0 and std 1 on the samples")
-    truth = torch.tensor(count_a([], a + b))
-    assert torch.corrcoef(torch.stack([scores, truth]))[0, 1] > 0.95, (
-        "the scores do not follow what the labels say: sign?")
+    for head in (lambda: rlaif.new_preference_model(narrow, w.tokenizer, "{prompt}").model.score,
+                 lambda: rlaif.ValueFunction(2, head="random").head):
+        std = torch.cat([head().weight for _ in range(60)]).std()
+        # 120 numbers know it to 6 %, and so does this; 1/sqrt(D) would be 22 % more.
+        assert abs(std * 3**0.5 - 1) < 0.12, "a random head starts normal, with std 1/sqrt(D + 1)"
 
 
-def test_a_fit_that_can_tell_no_text_from_another_is_an_error():
-    preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-    rows = rows_of(preference, ["a"] * 40)
-    with pytest.raises(ValueError, match="score alike"):
-        rlaif.fit_preference(preference, rows, rows, torch.full((40,), 0.5), epochs=1)
-
-
-@pytest.mark.parametrize("more", [{}, {"centering": 0.0}, {"centering": 2.0}])
-def test_a_fit_goes_down_its_loss_plus_centering_times_the_square_of_each_pairs_sum(
-        monkeypatch, more):
-    def noted_loss(a, b, prob_a):
-        loss = plain_loss(a, b, prob_a)
-        squares = sum((x + y) ** 2 for x, y in zip(a.tolist(), b.tolist()))
-        asked.append(loss.item() + more.get("centering", 0.01) * squares / len(a))
-        return loss
-    asked, taken, plain_loss, plain_backward = [], [], rlaif.preference_loss, torch.Tensor.backward
-    monkeypatch.setattr(rlaif, "preference_loss", noted_loss)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda x: taken.append(x.item()) or plain_backward(x))
+def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_never_saw():
+    """Every step: which pairs it reads, its gradient, cut to length 1, its rate. Then scale and report."""
     preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
-    rows = rows_of(preference, TEXTS)
-    rlaif.fit_preference(preference, rows, rows[::-1], torch.rand(40), 2, minibatch_size=9,
-                         learning_rate=1e-2, **more)
-    assert len(taken) == 8 and len(asked) == 9, "four steps in each of two epochs, and the held-out loss"
-    close(taken, asked[:8], "what is minimised", atol=1e-5)
+    texts = TEXTS + ["abca", "cabb", "bccc", "aaaa"]  # the last four are held out, and longer
+    a, b = (preference.tokenize([prompt] * 44, texts, [True] * 44) for prompt in "ab")
+    b = b[5:] + b[:5]
+    index = {tuple(row): i for rows in (a, b) for i, row in enumerate(rows)}  # all rows are different
+    torch.manual_seed(0)
+    p = torch.cat([torch.rand(40), torch.tensor([0.02, 0.97, 0.6, 0.9])])
+    model, forward, read, steps, heads = preference.model, preference.forward, [], [], []
+
+    def noted(rows):
+        read.extend(index[tuple(row)] for row in rows if torch.is_grad_enabled())
+        return forward(rows)
+
+    def before_step(optimizer, args, given):
+        picked, half = list(read), len(read) // 2
+        assert picked[:half] == picked[half:], "the two sides of a minibatch are not of the same pairs"
+        with torch.enable_grad():
+            r_a, r_b = forward([a[i] for i in picked[:half]]), forward([b[i] for i in picked[:half]])
+            loss = bce(r_a - r_b, p[picked[:half]])
+            expected = flat_gradient(loss + 0.4 * (r_a + r_b).square().mean(), model)
+        found = torch.cat([x.grad.flatten() for x in model.parameters()])
+        # Gradients have a length of 1: of a mistake a thousandth would show.
+        close(found, expected / max(1.0, expected.norm()), "a step follows another loss", atol=1e-4)
+        steps.append((picked[:half], loss.item(), optimizer.param_groups[0]["lr"]))
+        read.clear()
+    preference.forward = noted
+    hooks = [register_optimizer_step_pre_hook(before_step),
+             register_optimizer_step_post_hook(lambda *_: heads.append(model.score.weight.mean().item()))]
+    report = rlaif.fit_preference(preference, a, b, p, 3, 16, learning_rate=2e-2, centering=0.4)
+    for hook in hooks:
+        hook.remove()
+    picked, losses, rates = zip(*steps)
+    epochs = [sum(picked[i:i + 3], []) for i in (0, 3, 6)]
+    assert [len(rows) for rows in picked] == [16, 16, 8] * 3 and epochs[0] != epochs[1] and all(
+        sorted(rows) == [*range(40)] for rows in epochs), "an epoch is all pairs but the last tenth, shuffled"
+    close(rates, [2e-2 * (1 - i / 9) for i in range(9)], "the rate falls linearly to 0 over all steps")
+
+    d = preference.scores(a) - preference.scores(b)
+    # Over n or n - 1 is no matter: 0.6 %. Over the training pairs alone it would be off by STD %.
+    close(preference.scores(a + b).std(), 1.0, "scores are not of std 1 over all texts", atol=0.01)
+    before = d * heads[-1] / model.score.weight.mean().item()  # of the scores that the report is of
+    for name, expected in {
+            "loss": bce(before[-4:], p[-4:]), "train_loss": statistics.fmean(losses[6:]),
+            "entropy": torch.distributions.Bernoulli(p).entropy().mean(),
+            "accuracy": ((d > 0) == (p > 0.5))[[40, 41, 43]].float().mean()}.items():
+        close(report[name], expected, f"{name}: of other pairs or epochs, or after the scaling?", atol=1e-5)
+    defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
+    assert [defaults[name].default for name in ("epochs", "learning_rate", "centering")] == [
+        config.preference_epochs, config.preference_learning_rate, 0.01]
 
 
-def test_two_pairs_are_enough_for_a_fit_and_one_of_them_is_held_out():
+def test_a_fit_needs_two_pairs_and_texts_that_it_can_tell_apart():
     preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-    rows = rows_of(preference, ["a", "b"])
-    report = rlaif.fit_preference(preference, rows, rows[::-1], torch.tensor([0.9, 0.1]), epochs=1)
-    assert math.isfinite(report["train_loss"]) and report["accuracy"] in (0.0, 1.0)
-
-
-def test_the_training_loss_of_a_fit_is_that_of_its_last_epoch(monkeypatch):
-    preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
-    rows, losses = rows_of(preference, TEXTS), []
-    plain = rlaif.preference_loss
-    monkeypatch.setattr(rlaif, "preference_loss", lambda *args: losses.append(plain(*args)) or losses[-1])
-    report = rlaif.fit_preference(preference, rows, rows[::-1], torch.rand(40), 3, minibatch_size=12,
-                                  learning_rate=1e-2)
-    assert len(losses) == 3 * 3 + 1, "three steps in each of three epochs, and the held-out loss"
-    close(report["train_loss"], torch.stack(losses[6:9]).mean(), "another epoch is in the mean", atol=1e-6)
-
-
-def test_a_fit_takes_the_epochs_and_the_rate_of_the_defaults():
-    parameters, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
-    assert parameters["epochs"].default == config.preference_epochs
-    assert parameters["learning_rate"].default == config.preference_learning_rate
+    a, b = (preference.tokenize(["c"] * 2, texts, [True, True]) for texts in (["a", "ab"], ["b", "ca"]))
+    report = rlaif.fit_preference(preference, a, b, torch.tensor([0.9, 0.1]), epochs=1)
+    assert math.isfinite(report["train_loss"]) and report["accuracy"] in (0.0, 1.0), "one of two is held out"
+    with pytest.raises(ValueError):
+        rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
 
 
 def test_a_fit_in_bfloat16_sees_the_steps_that_it_has_taken():
     preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
-    rows, labels = rows_of(preference, TEXTS), torch.rand(40)
+    rows, labels, seen = preference.tokenize(["c"] * 40, TEXTS, [True] * 40), torch.rand(40), []
     with torch.autocast("cpu", torch.bfloat16):
         rlaif.fit_preference(preference, rows, rows[::-1], labels, 2, minibatch_size=8, learning_rate=1e-2)
-        inside = preference.scores(rows)
+        seen.append(preference.scores(rows))
     with torch.autocast("cpu", torch.bfloat16):
-        afresh = preference.scores(rows)
-    assert torch.equal(inside, afresh), (
-        "the scores are those of weights that autocast keeps a copy of, from before a step")
+        seen.append(preference.scores(rows))
+    assert torch.equal(*seen), "scores of weights that autocast has kept a copy of, from before a step"
 
 
-@pytest.fixture
-def rates(monkeypatch):
-    """The learning rate of every step that Adam takes in this test, in a list."""
-    taken, step = [], torch.optim.Adam.step
+def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch):
+    w = uneven_world(pairs=302, preference_epochs=6)
+    drawn, asked, rates, respond = [], [], [], rlaif.respond
 
-    def noted(self, *args, **more):
-        taken.append(self.param_groups[0]["lr"])
-        return step(self, *args, **more)
-    monkeypatch.setattr(torch.optim.Adam, "step", noted)
-    return taken
-
-
-def test_the_last_tenth_of_the_pairs_is_held_out_of_the_fit(rates):
-    fitted = []
-    for label in (0.1, 0.9):
-        torch.manual_seed(0)
-        preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-        rows = rows_of(preference, TEXTS[:36])
-        labels = torch.cat([torch.linspace(0, 1, 33), torch.full((3,), label)])
-        rlaif.fit_preference(preference, rows, rows[::-1], labels, 2, minibatch_size=8, learning_rate=2e-3)
-        fitted.append(preference.model.base_model.state_dict())
-    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0]), (
-        "the fit has seen the labels of the held-out pairs")
-    close(rates, [2e-3 * (1 - i / 10) for i in range(10)] * 2,
-          "the learning rate falls linearly to 0 over the steps of all epochs")
-
-
-def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(
-        tmp_path, monkeypatch, rates):
-    def judged(judge, tokenizer, constitution, prompts, a, b, both_orders=True, principles="all"):
-        seen.append((judge, tokenizer, constitution, both_orders, principles))
-        return torch.sigmoid(torch.tensor(count_a([], a)) - torch.tensor(count_a([], b)))
-    seen = []
+    def judged(judge, tokenizer, constitution, prompts, a, b, *more, **even_more):
+        assert (judge, tokenizer, constitution) == ("judge", "its tokenizer", ["a principle"])
+        assert even_more.get("both_orders", True), "a label needs both orders"
+        asked.extend(zip(prompts, a, b))
+        return torch.sigmoid(2 * torch.tensor(count_a([], a)) - 2 * torch.tensor(count_a([], b)))
     monkeypatch.setattr(rlaif, "judge_pairs", judged)
+    monkeypatch.setattr(rlaif, "respond", lambda *given: drawn.append(respond(*given)) or drawn[-1])
+    hook = register_optimizer_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
     torch.manual_seed(0)
-    config = toy_config(tmp_path, pairs=300, preference_learning_rate=3e-3, preference_epochs=7,
-                        principles="one")
-    preference, report = rlaif.preference_from_judge(config, gpt2(), letters(), "judge", "its tokenizer",
-                                                     ["a principle"], ["ab", "c"])
-    assert all(call == ("judge", "its tokenizer", ["a principle"], True, "one") for call in seen), seen
-    a, b = report["responses_a"], report["responses_b"]
-    close(report["prob_a"], judged(None, None, None, None, a, b),
+    preference, report = rlaif.preference_from_judge(
+        w.config, w.policy, w.tokenizer, "judge", "its tokenizer", ["a principle"], w.prompts)
+    hook.remove()
+    prompts, a, b = (report[name] for name in ("prompts", "responses_a", "responses_b"))
+    assert asked == list(zip(prompts, a, b)) and len(asked) == 302 and a != b, (
+        "the judge must be asked about the bare prompt and two replies of each pair, once, in order")
+    close(report["prob_a"], judged("judge", "its tokenizer", ["a principle"], prompts, a, b),
           "the labels do not belong to the pairs they were given for", atol=1e-6)
-    assert len(a) == 300 and report["prompts"].count("ab") == 150, "each prompt is used as often as any other"
-    assert a != b, "the two replies of a pair are drawn, not copied"
-    for responses, rows in ((a, report["rows_a"]), (b, report["rows_b"])):
-        for prompt, response, row in zip(report["prompts"], responses, rows, strict=True):
-            ids = letters()(prompt + response).input_ids
-            assert row == ids + [EOS] * (len(response) < 3), "what is fitted is not what was judged"
-    assert len(rates) == 7 * -(-270 // 64) and rates[0] == 3e-3, (
+    assert sorted(map(prompts.count, w.prompts)) == [100, 101, 101], "each prompt is used as often as another"
+    for side, rollouts in (("a", drawn[::2]), ("b", drawn[1::2])):
+        said = [(x, y, end) for r in rollouts for x, y, end in zip(r.prompts, r.responses, r.ended.tolist())]
+        assert [(x, y) for x, y, _ in said] == list(zip(prompts, report[f"responses_{side}"])), "not as drawn"
+        rows = [w.tokenizer(f"Q: {x}\nA:{y}").input_ids + [POLICY_WORDS.index("<eos>")] * end
+                for x, y, end in said]
+        assert report[f"rows_{side}"] == rows, "what is fitted is not what was judged, in its template"
+        assert 0 < sum(end for *_, end in said) < 302, "some should have ended, others not"
+    assert preference.template == w.config.template and preference.tokenizer is w.tokenizer
+    assert len(rates) == 6 * -(-272 // 64) and rates[0] == 4e-3, (
         "preference_epochs or preference_learning_rate is not what was set")
-    scores, truth = preference.scores(report["rows_a"]), torch.tensor(count_a([], a))
-    agreement = torch.corrcoef(torch.stack([scores, truth]))[0, 1]
-    assert agreement > 0.3, f"it prefers what the judge does not: sign? (correlation {agreement:.2f})"
+    scores = preference.scores(report["rows_a"] + report["rows_b"])
+    agreement = torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], a + b))]))[0, 1]
+    # 0.9 is reached; with the labels of a third of the pairs turned round it is AGREE.
+    assert agreement > 0.7, f"it does not prefer what the judge does: sign? (correlation {agreement:.2f})"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. The policy with its value function
-# ------------------------------------------------------------------------------------------------------------
+# 3. The policy with its value function ----------------------------------------------------------------------
 
 
 @every_architecture
-def test_left_padding_changes_neither_logits_nor_values_nor_greedy_replies(architecture, device):
-    model = ARCHITECTURES[architecture]().to(device)
-    value = rlaif.ValueFunction(32, head="random").to(device)
-    separate = rlaif.ValueFunction(32, copy.deepcopy(model.base_model), head="random").to(device)
-    prompts = [[0, 1, 2, 1, 0], [2], [1, 0]]
-    ids, attention = rlaif.pad(prompts, "left", model)
-    tokens, mask = generate(model, ids, attention, 6, EOS, EOS, temperature=0)
-    for b, prompt in enumerate(prompts):
-        alone, full = rlaif.pad([prompt], "left", model)
-        one, one_mask = generate(model, alone, full, 6, EOS, EOS, temperature=0)
-        n = int(one_mask.sum())
-        assert n == mask[b].sum() and torch.equal(one[0, :n], tokens[b, :n]), (
-            "greedy replies change with left padding: position ids, or the attention mask?")
-        text = torch.cat([alone, one], dim=1)
-        plain = model(text).logits[0, len(prompt) - 1:-1]
-        for head in (value, separate):
-            logits, values = rlaif.response_logits(model, ids, attention, tokens, mask, head)
-            close(logits[b, :n], plain[:n], "logits are not what the model says without padding: position "
-                  "ids, or the attention mask?", atol=1e-4)
-            _, one_values = rlaif.response_logits(model, alone, full, one, one_mask, head)
-            close(values[b, :n], one_values[0], "left padding moves the values", atol=1e-4)
+def test_logits_and_values_have_read_the_prompt_and_the_tokens_before_their_own(architecture, device):
+    """Padded rows of different lengths, against a pass of its own over every prefix, unpadded."""
+    policy, trunk = ARCHITECTURES[architecture]().to(device), gpt2(seed=1, n_embd=24).base_model.to(device)
+    prompts, replies = [[0, 1, 2, 1, 0], [2], [1, 0]], [[1, EOS], [0, 2, 2, 1], [EOS]]
+    (ids, attention), (tokens, mask) = rlaif.pad(prompts, "left", policy), rlaif.pad(replies, "right", policy)
+    inputs = ids, attention, tokens, mask.bool()
+    assert rlaif.response_logits(policy, *inputs)[1] is None
+    for value in (rlaif.ValueFunction(32, head="random"), rlaif.ValueFunction(24, trunk, "random")):
+        with nowhere():
+            logits, values = rlaif.response_logits(policy, *inputs, value.to(device))
+        for b, t in mask.nonzero().tolist():
+            prefix = torch.tensor([prompts[b] + replies[b][:t]], device=device)
+            close(logits[b, t], policy(prefix).logits[0, -1], "a logit is not of the prefix before it: position "
+                  "ids, the attention mask, or shifted by one?", FLOAT32)
+            hidden = (value.trunk or policy.base_model)(prefix).last_hidden_state[0, -1]
+            close(values[b, t], value.head(hidden)[0], "a value is not of its prefix or trunk", FLOAT32)
+        policy.zero_grad(), values.sum().backward()
+        assert (value.trunk is None) == (policy.get_input_embeddings().weight.grad is not None), (
+            "values are learned by the policy's trunk if, and only if, they share it")
+    assert trunk.wte.weight.grad is not None, "a separate trunk must learn"
 
 
-def test_a_value_has_read_the_prompt_and_the_tokens_before_its_own():
-    policy, value = gpt2(), rlaif.ValueFunction(32, head="random")
-    ids, tokens = torch.tensor([[0, 1]]), torch.tensor([[2, 0, EOS]])
-    _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), tokens, tokens >= 0, value)
-    for t in range(3):
-        hidden = policy.transformer(torch.cat([ids, tokens[:, :t]], dim=1)).last_hidden_state[0, -1]
-        close(values[0, t], value.head(hidden)[0], "values are shifted by one token", atol=1e-5)
-    assert rlaif.response_logits(policy, ids, torch.ones_like(ids), tokens, tokens >= 0)[1] is None
-
-
-def test_values_train_a_shared_trunk_and_leave_the_policy_alone_with_a_separate_one():
-    for trunk in (None, gpt2(seed=1).base_model):
-        policy, value = gpt2(), rlaif.ValueFunction(32, trunk, head="random")
-        ids, tokens = torch.tensor([[0, 1]]), torch.tensor([[2, 0, EOS]])
-        _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), tokens, tokens >= 0, value)
-        values.sum().backward()
-        reached = policy.transformer.wte.weight.grad is not None
-        assert reached == (trunk is None), (
-            "values on the policy's trunk are learned by it, those on a trunk of their own are not")
-
-
-def test_a_value_head_starts_at_zero_or_with_the_std_of_the_source(monkeypatch):
-    assert (rlaif.ValueFunction(32)(torch.randn(2, 3, 32)) == 0).all(), "a zero head values everything at 0"
-    stds = []
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *args, **more: stds.append(more.get("std")))
-    rlaif.ValueFunction(32, head="random")
-    rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-    assert stds[0] == stds[-1] == 33**-0.5, "normal, std 1/sqrt(D + 1)"
-
-
-def test_values_keep_float32_when_the_models_run_in_bfloat16():
-    value, hidden = rlaif.ValueFunction(32, head="random"), torch.randn(2, 3, 32)
+def test_a_value_starts_at_zero_and_is_float32_at_least():
+    hidden, value = torch.randn(2, 3, 32), rlaif.ValueFunction(32, head="random")
+    assert (rlaif.ValueFunction(32)(hidden) == 0).all(), "a zero head values everything at 0"
+    assert (value(0 * hidden) == 0).all(), "a bias starts at 0"
     with torch.autocast("cpu", torch.bfloat16):
         values = value(hidden)
     assert torch.equal(values, value(hidden)), "the value head must not run in bfloat16"
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        policy, ids = gpt2().to(dtype), torch.tensor([[0, 1]])
+        _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), ids, ids > -1, value.to(dtype))
+        assert values.dtype == expected, "values must be float32 at least"
 
 
-PRECISIONS = [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
-
-
-@pytest.mark.parametrize("dtype,expected", PRECISIONS)
-def test_a_model_in_half_precision_has_values_in_float32(dtype, expected):
-    policy, value, ids = gpt2().to(dtype), rlaif.ValueFunction(32).to(dtype), torch.tensor([[0, 1]])
-    _, values = rlaif.response_logits(policy, ids, torch.ones_like(ids), ids, ids > -1, value)
-    assert values.dtype == expected, "values must be float32 at least"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. Generate
-# ------------------------------------------------------------------------------------------------------------
+# 4. Generate ------------------------------------------------------------------------------------------------
 
 
 @every_architecture
 def test_generate_greedily_gives_what_transformers_gives_and_what_no_cache_gives(architecture):
-    for seed in range(3):
-        model = ARCHITECTURES[architecture](seed=seed)
-        rows = [[0, 1, 2], [2], [1, 1, 0, 2, 0]]
-        ids = torch.tensor([[0] * (5 - len(row)) + row for row in rows])
-        attention = torch.tensor([[0] * (5 - len(row)) + [1] * len(row) for row in rows])
-        tokens, mask = generate(model, ids, attention, 8, EOS, 0, temperature=0)
-        theirs = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, max_new_tokens=8,
-                                eos_token_id=EOS, pad_token_id=0)[:, ids.shape[1]:]
-        assert torch.equal(tokens, theirs), (
-            "greedy generation differs from transformers' own: the attention mask must grow with the tokens, "
-            "and positions are counted over real tokens only")
-        for text, row, real in zip(rows, tokens.tolist(), mask.tolist()):
-            for token in row[:sum(real)]:
-                likeliest = model(torch.tensor([text])).logits[0, -1].argmax()
-                assert likeliest == token, "the key-value cache changes the result"
-                text = [*text, token]
+    model, rows = ARCHITECTURES[architecture](), [[0, 1, 2], [2], [1, 1, 0, 2, 0]]
+    ids, attention = rlaif.pad(rows, "left", model)
+    tokens, mask = generate(model, ids, attention, 8, EOS, 0, temperature=0)
+    theirs = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, max_new_tokens=8,
+                            eos_token_id=EOS, pad_token_id=0)[:, ids.shape[1]:]
+    assert torch.equal(tokens, theirs), (
+        "greedy generation differs from transformers' own: the attention mask must grow with the tokens, "
+        "and positions are counted over real tokens only")
+    for text, row, real in zip(rows, tokens.tolist(), mask.tolist()):
+        for token in row[:sum(real)]:
+            likeliest = model(torch.tensor([text])).logits[0, -1].argmax()
+            assert likeliest == token, "left padding or the key-value cache changes the result"
+            text = [*text, token]
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_generate_samples_from_the_policy_at_its_temperature_and_nothing_else(temperature):
+def test_generate_samples_from_the_policy_at_its_temperature_and_nothing_else():
     """Frequencies of all 40 responses against their enumerated probabilities."""
     model, n = gpt2(), 20000
     ids = torch.tensor([[0, 1]] * n)
     torch.manual_seed(1)
-    tokens, mask = generate(model, ids, torch.ones_like(ids), 3, EOS, EOS, temperature)
+    tokens, mask = generate(model, ids, torch.ones_like(ids), 3, EOS, EOS, 0.7)
     with torch.no_grad():
-        expected = n * enumerate_logprobs(model, [0, 1], temperature).sum(dim=1).exp()
-    close(expected.sum(), n, "the enumerated responses are all there are", atol=1e-2 * n)
+        expected = n * enumerate_logprobs(model, [0, 1], 0.7).sum(dim=1).exp()
     found = {tuple(sequence): 0 for sequence in SEQUENCES}
     for row, length in zip(tokens.tolist(), mask.sum(dim=1).tolist()):
         assert tuple(row[:length]) in found, f"{row[:length]} goes on after its EOS, or the mask lost the EOS"
         found[tuple(row[:length])] += 1
     counts = torch.tensor(list(found.values()), dtype=torch.float64)
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    # 39 on average, 80 once in 10,000 times, and 80 on average where the temperature is off by CHI %.
     assert chi_square < 80, f"chi-square {chi_square:.0f} with 39 degrees of freedom: temperature forgotten?"
 
 
-def test_generate_draws_from_all_tokens_with_torchs_own_random_numbers():
-    model = gpt2(80)
-    ids = torch.tensor([[0, 1]] * 5000)
+def test_generate_draws_from_all_tokens_in_float32_with_torchs_own_random_numbers(monkeypatch):
+    model, ids, dtypes, graphs = gpt2(80), torch.tensor([[0, 1]] * 5000), [], []
+    rare, multinomial = model(ids[:1]).logits[0, -1].argsort(descending=True)[50:], torch.multinomial
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(torch, "multinomial", lambda x, *more, **named: (
+        dtypes.append(x.dtype), multinomial(x, *more, **named))[1])
 
-    def draw():
+    def draw(*temperature):
         torch.manual_seed(1)
-        return generate(model, ids, torch.ones_like(ids), 1, None, 0, 1.5)[0][:, 0]
-    rare = model(ids[:1]).logits[0, -1].argsort(descending=True)[50:]
-    assert torch.isin(draw(), rare).any(), "nothing beyond the 50 most probable is ever drawn: top-k?"
-    assert torch.equal(draw(), draw()), "the same seed must give the same tokens"
+        return generate(model, ids, torch.ones_like(ids), 1, None, 0, *temperature)[0][:, 0]
+    assert torch.isin(draw(1.5), rare).any(), "nothing beyond the 50 most probable is ever drawn: top-k?"
+    assert torch.equal(draw(), draw(1.0)), "the same seed gives the same tokens, by default at temperature 1"
+    model.bfloat16(), draw()
+    assert {*dtypes} == {torch.float32}, "probabilities in half precision are too coarse"
+    assert not any(graphs), "sampling must not keep the graph of every step"
 
 
-@pytest.mark.parametrize("eos", [EOS, [EOS], [EOS, 1], None])
-def test_generate_masks_a_response_up_to_and_with_its_eos_and_pad_follows(eos):
-    ids = torch.tensor([[0, 1]] * 64)
+@pytest.mark.parametrize("eos,pad", [(EOS, 2), ([EOS], EOS), ([EOS, 1], 2), ([0, 1, 2, EOS], 1), (None, 2)])
+def test_generate_masks_a_response_up_to_and_with_its_eos_whatever_pad_is(eos, pad):
+    policy, ids, ends = gpt2(), torch.tensor([[0, 1]] * 64), [eos] if eos == EOS else eos or []
     torch.manual_seed(0)
-    tokens, mask = generate(gpt2(), ids, torch.ones_like(ids), 6, eos, 2)
-    assert mask.dtype == torch.bool
-    ends = [] if eos is None else torch.tensor(eos).reshape(-1).tolist()
+    with nowhere():
+        tokens, mask = generate(policy, ids, torch.ones_like(ids), 6, eos, pad, 2.0)
     for row, real in zip(tokens.tolist(), mask.tolist()):
         length = next((t + 1 for t, token in enumerate(row) if token in ends), len(row))
-        assert real == [t < length for t in range(len(row))], "the mask must hold the EOS, nothing after it"
-        assert all(token == 2 for token in row[length:]), "PAD follows the EOS"
-    assert set(ends) <= set(tokens[mask].tolist()), "the example should hold every EOS"
-    assert mask[:, -1].any(), "T is the longest response drawn"
-    one = generate(gpt2(), ids, torch.ones_like(ids), 1, eos, 2)[0]
-    assert one.shape == (64, 1), "a single token is a response"
+        assert real == [t < length for t in range(len(row))], (
+            "the mask must hold the EOS and nothing after it, also where PAD is the EOS")
+        assert all(token == pad for token in row[length:]), "PAD follows the EOS"
+    assert {*ends} <= {*tokens[mask].tolist()}, "the example should hold every EOS"
+    assert mask.dtype == torch.bool and mask[:, -1].any(), "T is the longest response drawn"
+    assert generate(policy, ids, torch.ones_like(ids), 1, eos, pad)[0].shape == (64, 1), "one token will do"
     for length, temperature in ((0, 1.0), (3, -1.0)):
         with pytest.raises(ValueError):
-            generate(gpt2(), ids, torch.ones_like(ids), length, eos, 2, temperature)
+            generate(policy, ids, torch.ones_like(ids), length, eos, pad, temperature)
 
 
-def test_generate_may_pad_with_eos_because_masks_come_from_lengths():
+def test_respond_reads_the_template_ends_at_any_eos_and_gives_the_text_of_its_own_tokens():
+    w, eos = uneven_world(), [POLICY_WORDS.index(word) for word in ("!", "<eos>")]
+    read = [["q", ":", " ", "ab", "a", ":"], ["q", ":", " c", " ", "a", "a", ":"],
+            ["q", ":", " ", "b", "c", "ab", " c", "a", ":"]]
     torch.manual_seed(0)
-    ids = torch.tensor([[0, 1]] * 32)
-    tokens, mask = generate(gpt2(), ids, torch.ones_like(ids), 6, EOS, EOS)
-    ended = (tokens == EOS).any(dim=1)
-    first = (tokens == EOS).int().argmax(dim=1)
-    assert ended.any() and (mask.sum(dim=1) == torch.where(ended, first + 1, 6)).all(), (
-        "pad == eos masks the EOS away")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_generate_samples_in_float32_and_keeps_no_graph(dtype, monkeypatch):
-    probs_seen, grad_seen = [], []
-
-    def multinomial(probs, *args, f=torch.multinomial, **more):
-        probs_seen.append(probs.dtype)
-        return f(probs, *args, **more)
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    policy, ids = gpt2().to(dtype), torch.tensor([[0, 1]])
-    policy.register_forward_hook(lambda *_: grad_seen.append(torch.is_grad_enabled()))
-    generate(policy, ids, torch.ones_like(ids), 3, EOS, 2)
-    assert set(probs_seen) == {torch.float32}, "probabilities in half precision are too coarse"
-    assert not any(grad_seen), "sampling must not keep the graph of every step"
-
-
-def test_a_policy_with_several_eos_ids_ends_at_any_of_them(tmp_path):
-    policy = gpt2()
-    policy.generation_config.eos_token_id = [1, EOS]
+    with nowhere():
+        r = rlaif.respond(w.policy, w.tokenizer, w.prompts * 16, w.config)
+    assert r.prompts == w.prompts * 16 and r.may_end
+    for ids, real, words in zip(r.input_ids, r.attention_mask, read * 16):
+        own = [POLICY_WORDS[i] for i in ids[-sum(real):]]
+        assert own == ["<bos>", *words] and (real.diff() >= 0).all(), (
+            "the policy must read each prompt in its template, with its BOS, padded on the left")
     torch.manual_seed(0)
-    r = rlaif.respond(policy, letters(), ["ab"] * 32, toy_config(tmp_path))
-    for row, real, end in zip(r.tokens.tolist(), r.mask.tolist(), r.ended.tolist()):
-        response = [token for token, is_real in zip(row, real) if is_real]
-        assert end == (response[-1] in (1, EOS)), "a response has ended if its last token is an EOS"
-        assert not {1, EOS} & set(response[:-1]), "a response ends at the first of its EOS ids"
-    assert {1, EOS} <= set(r.tokens[r.mask].tolist()), "the example should hold both"
-    assert r.prompts == ["ab"] * 32
-    policy.generation_config.eos_token_id = None
-    tokenizer = letters()
+    tokens, mask = generate(w.policy, r.input_ids, r.attention_mask, 6, eos, 0, 0.8)
+    assert torch.equal(r.mask, mask) and torch.equal(r.tokens[mask], tokens[mask]), (
+        "not drawn with the configured length and temperature, or one of the two EOS is forgotten")
+    own = [row[real].tolist() for row, real in zip(tokens, mask)]
+    assert r.ended.tolist() == [row[-1] in eos for row in own], "it ended if the last token is an EOS"
+    texts = ["".join(POLICY_WORDS[i] for i in row if POLICY_WORDS[i][0] != "<") for row in own]
+    assert r.responses == texts, "a text is that of its own tokens: no prompt, no padding, nothing special"
+    assert {row[-1] for row in own} > {*eos}, "the example should hold both EOS, and replies without"
+
+
+def test_respond_ends_nowhere_without_an_eos_and_at_an_ordinary_token_where_the_policy_says_so():
+    policy, tokenizer, config = gpt2(), letters(), rlaif.Config(template="{prompt}", max_new_tokens=6)
     tokenizer.eos_token = None
-    r = rlaif.respond(policy, tokenizer, ["ab"] * 32, toy_config(tmp_path))
-    assert r.mask.all() and r.mask.shape == (32, 3), "without an EOS no response ends before its length"
-    assert not r.may_end and not r.ended.any(), "without an EOS no response has one"
+    for ends in ([], [1]):  # the letter b, which therefore is PAD too
+        policy.generation_config.eos_token_id = ends or None
+        torch.manual_seed(0)
+        r = rlaif.respond(policy, tokenizer, ["ab", "c"] * 16, config)
+        assert r.may_end == r.ended.any() == bool(ends) != r.mask.all()
+        for row, real, text, end in zip(r.tokens, r.mask, r.responses, r.ended.tolist()):
+            *before, last = row[real].tolist()
+            assert not {*ends} & {*before} and end == (last in ends), "the mask must end with the first b"
+            assert text == "".join("abc"[i] for i in (*before, last) if i < 3), "padding was decoded"
 
 
-def test_a_reply_is_cut_after_an_eos_that_is_an_ordinary_token(tmp_path):
-    policy, tokenizer = gpt2(), letters()
-    tokenizer.eos_token = None
-    policy.generation_config.eos_token_id = 1  # the letter b, which therefore is PAD too
-    torch.manual_seed(0)
-    r = rlaif.respond(policy, tokenizer, ["ab", "c"] * 16, toy_config(tmp_path, max_new_tokens=6))
-    assert r.mask.shape[1] > 1 and not r.mask.all()
-    for row, real, text, end in zip(r.tokens.tolist(), r.mask.tolist(), r.responses, r.ended.tolist()):
-        own = [token for token, is_real in zip(row, real) if is_real]
-        assert 1 not in own[:-1] and end == (own[-1] == 1), "the mask must end with the first b"
-        assert text == "".join("abc"[token] for token in own if token < 3), (
-            "the text of a response goes on after its EOS: padding was decoded")
-
-
-def test_a_response_is_cut_from_the_whole_text_with_its_own_spaces(tmp_path):
+def test_respond_cuts_a_response_from_the_whole_text_with_its_own_spaces():
     drops_the_first, cleans_up = letters("a ."), letters("a .", clean_up_tokenization_spaces=True)
     drops_the_first._tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     cleans_up.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     assert drops_the_first.decode([1, 0]) == "a" and cleans_up.decode([0, 1, 2]) == "a."
     for tokenizer in (drops_the_first, cleans_up):
         torch.manual_seed(0)
-        r = rlaif.respond(gpt2(), tokenizer, ["a"] * 64, toy_config(tmp_path))
+        r = rlaif.respond(gpt2(), tokenizer, ["a"] * 64, rlaif.Config(template="{prompt}", max_new_tokens=3))
         written = ["".join("a ."[token] for token in row if token < 3) for row in r.tokens.tolist()]
         assert {" ", "."} <= {text[:1] for text in written} and any(" ." in text for text in written)
         assert r.responses == written, "the text is not what was written, space for space"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Score
-# ------------------------------------------------------------------------------------------------------------
+# 5. Score ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def answered(tmp_path):
-    """A run of the letter models with a first batch of responses, ended and not."""
-    run = rlaif.prepare(toy_config(tmp_path), count_a, None, gpt2(), letters())
-    torch.manual_seed(0)
-    run.rollout = rlaif.respond(run.policy, run.tokenizer, ["ab", "c"] * 4, run.config)
-    assert 0 < run.rollout.ended.sum() < 8
-    return run
-
-
-def test_a_score_callable_gets_bare_prompts_and_responses_and_gives_a_tensor(answered):
-    seen = []
+def test_a_score_is_one_finite_number_for_each_bare_prompt_and_response(tmp_path):
+    run, seen = uneven_world(tmp_path).prepare(), []
+    run.rollout = r = rlaif.respond(run.policy, run.tokenizer, run.prompts * 2, run.config)
+    kept, run.iteration = (run.prompts * 2, list(r.responses)), 3
 
     def score(prompts, responses):
         seen.append((list(prompts), list(responses)))
         prompts.clear(), responses.clear()  # what a careless caller does to them is its own affair
-        return count_a(None, seen[0][1])
-    kept = list(answered.rollout.prompts), list(answered.rollout.responses)
-    scores = rlaif.score_responses(answered, score, "score")
-    assert seen == [kept] and (answered.rollout.prompts, answered.rollout.responses) == kept
-    assert scores.shape == (8,) and scores.dtype == torch.float32
-    close(scores, count_a(None, kept[1]), "scores are not in the order of the responses", atol=1e-6)
+        return count_a(*seen[0])
+    scores = rlaif.score_responses(run, score, "score")
+    assert seen == [kept] == [(r.prompts, r.responses)], "a score gets copies of bare prompts and responses"
+    assert scores.dtype == rlaif.score_responses(run, lambda *_: [1] * 6, "score").dtype == torch.float32
+    close(scores, torch.tensor(count_a(*kept)), "scores are not in the order of the responses", atol=1e-6)
+    wrong = [[1.0], [[1.0]] * 6, None, ["x"] * 6, 3.0, [1.0] * 7]
+    for given in wrong + [[1.0] * 5 + [bad] for bad in (math.nan, math.inf, -math.inf)]:
+        error = ValueError if given in wrong else FloatingPointError
+        with pytest.raises(error, match=r"\b4\b.*the judge"):  # it names the iteration and what was asked
+            rlaif.score_responses(run, lambda *_: given, "the judge")
 
 
-def test_a_preference_model_is_told_which_responses_ended(answered):
-    preference = preference_model()
-    scores = rlaif.score_responses(answered, preference, "score")
-    prompts, responses, ended = answered.rollout.prompts, answered.rollout.responses, answered.rollout.ended
-    expected = preference(prompts, responses, ended.tolist())
-    close(scores, expected, "an unfinished response must not get an EOS", atol=1e-5)
-    assert (scores - torch.tensor(preference(prompts, responses))).abs()[~ended].min() > 1e-4
+def test_a_preference_model_is_told_which_responses_ended_and_runs_in_the_configured_precision(tmp_path):
+    w = uneven_world(tmp_path)
+    run = w.prepare()
+    torch.manual_seed(0)
+    r = run.rollout = rlaif.respond(w.policy, w.tokenizer, w.prompts * 4, w.config)
+    scores, half = (rlaif.score_responses(dataclasses.replace(run, config=config), w.preference, "score")
+                    for config in (w.config, dataclasses.replace(w.config, dtype="bfloat16")))
+    told = r.prompts, r.responses, r.ended.tolist()
+    close(scores, torch.tensor(w.preference(*told)), "an unfinished response must not get an EOS", atol=1e-5)
+    apart = (scores - torch.tensor(w.preference(r.prompts, r.responses))).abs()[~r.ended]
+    assert 0 < len(apart) < 12 and apart.min() > 0.01, "the example should show that"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half.tolist() == w.preference(*told) != scores.tolist(), "dtype is the preference model's too"
 
 
-def test_scores_may_be_whole_numbers(answered):
-    scores = rlaif.score_responses(answered, lambda prompts, responses: [1] * 8, "score")
-    assert scores.dtype == torch.float32
-
-
-def test_a_preference_model_wants_to_know_of_every_response_whether_it_ended():
-    for ended in ([True], [True] * 3):
-        with pytest.raises(ValueError):
-            preference_model()(["ab", "c"], ["a", "b"], ended)
-
-
-@pytest.mark.parametrize("given", [[1.0], [[1.0]] * 8, None, ["x"] * 8, 3.0])
-def test_a_score_that_is_not_one_number_for_each_response_is_an_error_that_names_it(answered, given):
-    with pytest.raises(ValueError, match="iteration 1: the judge must give one number for each response"):
-        rlaif.score_responses(answered, lambda prompts, responses: given, "the judge")
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_an_error_that_names_it(answered, bad):
-    with pytest.raises(FloatingPointError, match="iteration 1: a number that the judge gave is not finite"):
-        rlaif.score_responses(answered, lambda prompts, responses: [bad] + [1.0] * 7, "the judge")
-
-
-@pytest.mark.parametrize("kind", [GPT2ForSequenceClassification, Qwen2ForSequenceClassification])
-def test_the_score_of_a_prefix_is_the_head_at_its_last_token(answered, kind):
-    model = gpt2(kind=kind, seed=1, num_labels=1)
-    if kind is Qwen2ForSequenceClassification:
-        model = modern(Qwen2Config, kind, num_labels=1)
-    preference, r = rlaif.PreferenceModel(model, letters(), "{prompt}"), answered.rollout
-    assert (r.attention_mask == 0).any(), "the example should hold a padded prompt"
-    with torch.no_grad():
-        prefixes = rlaif.score_prefixes(preference, r)
-    assert prefixes.shape == r.tokens.shape
+def test_the_score_of_a_prefix_is_the_head_at_its_last_token():
+    w = uneven_world(own_tokens=True)
+    torch.manual_seed(0)
+    r, model = rlaif.respond(w.policy, w.tokenizer, w.prompts, w.config), w.preference.model
+    assert (r.attention_mask == 0).any() and not r.mask.all(), "the example should hold padding on both sides"
+    with nowhere():
+        prefixes = w.preference.prefix_scores(r)
+    assert prefixes.shape == r.tokens.shape and prefixes.dtype == torch.float32
     for b, t in r.mask.nonzero().tolist():
-        row = r.input_ids[b][r.attention_mask[b].bool()].tolist() + r.tokens[b, :t + 1].tolist()
-        close(prefixes[b, t], preference.scores([row])[0],
-              "a prefix's score must have read its last token, and no padding", atol=1e-5)
+        row = torch.cat([r.input_ids[b][r.attention_mask[b].bool()], r.tokens[b, :t + 1]])[None]
+        close(prefixes[b, t], model.score(model.transformer(row).last_hidden_state[0, -1])[0],
+              "a prefix's score must have read its last token, and no padding", FLOAT32)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Masks and padding: every function of sections 6 to 9 that takes a mask
-# ------------------------------------------------------------------------------------------------------------
+# Sections 6 to 9 by hand ------------------------------------------------------------------------------------
 
-MASKED = {  # how many (B, T) inputs it takes, the call, whether its rows are independent
-    "masked_mean": (1, lambda x, mask, scores: masked_mean(*x, mask), False),
-    "shape_rewards per token": (1, lambda x, mask, scores: shape_rewards(scores, *x, mask, 0.3), True),
-    "shape_rewards per response":
-        (1, lambda x, mask, scores: shape_rewards(scores, *x, mask, 0.3, "sequence"), True),
-    "shape_rewards per batch":
-        (1, lambda x, mask, scores: shape_rewards(scores, *x, mask, 0.3, "batch"), False),
-    "dense_scores": (1, lambda x, mask, scores: dense_scores(*x, mask), True),
-    "gae": (2, lambda x, mask, scores: torch.stack(gae(*x, mask, 0.9, 0.8)), True),
-    "whiten": (1, lambda x, mask, scores: whiten(*x, mask), False),
-    "policy_loss":
-        (3, lambda x, mask, scores: torch.stack([y.double() for y in policy_loss(*x, mask)]), False),
-    "policy_loss without clipping":
-        (3, lambda x, mask, scores: policy_loss(*x, mask, clip=math.inf)[0], False),
-    "value_loss": (3, lambda x, mask, scores: value_loss(*x, mask), False),
-    "value_loss without clipping": (3, lambda x, mask, scores: value_loss(*x, mask, clip=None), False),
+
+def f64(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def one_token(loss, *numbers):
+    found = loss(*(f64([x]) for x in numbers), torch.tensor([[True]]))
+    return found[0] if isinstance(found, tuple) else found
+
+
+def ten_updates(kl, beta=0.15):
+    for _ in range(10):
+        beta = update_beta(beta, kl, 6.0, 10_000, 512)
+    return beta
+
+
+R, V, M = f64([0, 0, 1]), f64([0.2, 0.5, 0.7]), torch.tensor([[True] * 3])
+RATIOS = [math.log(ratio) for ratio in (0.5, 0.8, 1, 1.2, 1.5)]
+BY_HAND = {  # worked out on paper or published; what is left out is at its default
+    "token_logprobs of huge logits":
+        (lambda: token_logprobs(f64([1e3, 0, -1e3]).expand(1, 3, 3), torch.arange(3)[None]), [0, -1e3, -2e3]),
+    "kl_estimate": (lambda: [kl_estimate(f64(math.log(2)), f64(0), *kind) for kind in ([], ["k2"], ["k3"])],
+                    [0.693147, 0.240227, 0.193147]),
+    "update_beta": (lambda: [ten_updates(kl) for kl in (7.2, 6.6, 6, 4.8, 99, 0)],
+                    [0.166087, 0.157859, 0.15, 0.135329, 0.166087, 0.135329]),
+    "dense_scores": (lambda: dense_scores(f64([2, 5, 4]), M), [2, 3, -1]),
+    "gae": (lambda: torch.cat([gae(R, V, M, *more)[0] for more in ((), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0))]),
+            [0.76075, 0.485, 0.3, 0.3, 0.2, 0.3, 0.475, 0.35, 0.3, 0.8, 0.5, 0.3]),
+    "whiten": (lambda: whiten(f64([1, 2, 3], [4, 5, 9])),
+               [-1.161895, -0.774597, -0.387298, 0, 0.387298, 1.936492]),
+    "policy_loss": (lambda: [one_token(policy_loss, d, 0, sign) for sign in (1, -1) for d in RATIOS],
+                    [-0.5, -0.8, -1, -1.2, -1.2, 0.8, 0.8, 1, 1.2, 1.5]),  # clip 0.2
+    "value_loss": (lambda: [one_token(value_loss, value, 0, 1) for value in (0.5, 0.1, -1)], [0.32, 0.405, 2]),
+    "preference_loss": (lambda: preference_loss(f64(1, 0), f64(0, 2), f64(1, 0.5)), [0.720095]),
 }
-each_masked_function = pytest.mark.parametrize("name", MASKED)
 
 
-@each_masked_function
-@given(batches(), st.sampled_from([math.nan, math.inf, -math.inf, 1e300]))
-def test_what_stands_outside_the_mask_changes_no_bit(device, name, batch, poison):
-    batch = batch.on(device)
-    count, function, _ = MASKED[name]
-    scores, clean = batch.draw(batch.B), [batch.masked() for _ in range(count)]
-    results = []
-    for inputs in (clean, [torch.where(batch.mask, x, poison) for x in clean]):
-        inputs = [x.clone().requires_grad_() for x in inputs]
-        out = function(inputs, batch.mask, scores)
-        if out.shape[-2:] == batch.mask.shape:
-            assert (out[..., ~batch.mask] == 0).all(), f"{name}: the output is not 0 outside the mask"
-        weight = torch.arange(1.0, out.numel() + 1, dtype=out.dtype, device=device).view(out.shape)
-        out.mul(weight).sum().backward()
-        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-        assert all((grad[~batch.mask] == 0).all() for grad in grads), f"{name}: padding has a gradient"
-        results.append([out.detach(), *grads])
-    assert all(torch.equal(a, b) for a, b in zip(*results)), (
-        f"{name}: padding leaks (multiplied by the mask instead of torch.where?)")
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_worked_example_of(name):
+    call, expected = BY_HAND[name]
+    found = torch.as_tensor(call()).flatten()
+    close(found, expected, f"{name}: a default, a sign, min for max, or a ratio upside down?", atol=5e-7)
 
 
-@each_masked_function
-@given(batches(), st.integers(1, 4))
-def test_more_padding_changes_nothing(name, batch, columns):
-    count, function, _ = MASKED[name]
-    scores, inputs = batch.draw(batch.B), [batch.masked() for _ in range(count)]
-    narrow = function(inputs, batch.mask, scores)
-    wide_mask = torch.nn.functional.pad(batch.mask, (0, columns))
-    wide = function([torch.nn.functional.pad(x, (0, columns), value=7.0) for x in inputs], wide_mask, scores)
-    if narrow.dim() > 1:
-        wide = wide[..., :batch.T]
-    close(wide, narrow, f"{name}: the result depends on the number of padding columns", atol=1e-12)
+def test_the_worked_example_of_the_module_docstring_is_right():
+    """Its numbers are read out of it; a column of padding holds what must not matter."""
+    lines = re.findall(r"^ +\d  \S+ +(?:True|False) .*$", rlaif.__doc__, re.MULTILINE)
+    *rows, padding = [[float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in lines]
+    kl, values, rewards, advantages = (f64([row[i] for row in rows] + [9.9]) for i in (0, -2, -3, -1))
+    mask = f64([1, 1, 1, 1, 0]).bool()
+    assert padding == [0, 0], "padding has a reward and an advantage of 0"
+    found = shape_rewards(f64(1), kl, mask, beta=0.3)
+    close(found[mask], rewards[mask], "rewards: -beta * KL on each token, the score on the last", atol=1e-9)
+    found, _ = gae(found, values, mask, gamma=1.0, lam=1.0)
+    close(found[mask], advantages[mask], "advantages: the rewards to come, less the value", atol=1e-9)
 
 
-@each_masked_function
-@given(batches(min_rows=2))
-def test_a_row_alone_is_that_row_in_a_batch(name, batch):
-    count, function, rowwise = MASKED[name]
-    scores, inputs = batch.draw(batch.B), [batch.masked() for _ in range(count)]
-    whole = function(inputs, batch.mask, scores)
-    if rowwise:
-        for b in range(batch.B):
-            alone = function([x[b:b + 1] for x in inputs], batch.mask[b:b + 1], scores[b:b + 1])
-            close(alone[..., 0, :], whole[..., b, :], f"{name}: one row of a batch moves another", atol=1e-12)
-    order = torch.randperm(batch.B, generator=batch.random)
-    shuffled = function([x[order] for x in inputs], batch.mask[order], scores[order])
-    expected = whole[..., order, :] if whole.shape[-2:] == batch.mask.shape else whole
-    close(shuffled, expected, f"{name}: the order of the rows matters", atol=1e-12)
+# 6. Log-probabilities, and the KL against the reference -----------------------------------------------------
 
 
-@each_masked_function
-@given(batches(), st.data())
-def test_a_row_without_a_token_is_an_error_where_its_score_would_be_lost(name, batch, data):
-    count, function, _ = MASKED[name]
-    mask, inputs, scores = batch.mask.clone(), [batch.draw() for _ in range(count)], batch.draw(batch.B)
-    mask[data.draw(st.integers(0, batch.B - 1))] = False
-    if name.startswith("shape_rewards"):
-        with pytest.raises(ValueError, match="at least one True"):
-            function(inputs, mask, scores)
-    elif mask.any():
-        assert function(inputs, mask, scores).isfinite().all(), f"{name}: an empty row spoils the others"
-
-
-def test_every_new_tensor_is_made_where_its_inputs_are(tmp_path, monkeypatch):
-    """The default device here is one that holds no data: what lands on it by mistake cannot be used."""
-    policy, value, config = gpt2(), rlaif.ValueFunction(32), toy_config(tmp_path)
-    judge, judge_tokenizer = random_judge()
-    preference = rlaif.new_preference_model(policy, letters(), "{prompt}")
-    scores, prompts = torch.tensor([1.0, 2.0, 0.0]), ["ab", "c", "ba"]
-    pad = rlaif.pad
-
-    def pad_on_the_cpu(*args, **more):  # it makes its tensors anywhere, and moves them to the model
-        with torch.device("cpu"):
-            return pad(*args, **more)
-    monkeypatch.setattr(rlaif, "pad", pad_on_the_cpu)
-    with torch.device("meta"):
-        r = rlaif.respond(policy, letters(), prompts, config)
-        logits, values = rlaif.response_logits(policy, r.input_ids, r.attention_mask, r.tokens, r.mask, value)
-        prefixes = rlaif.score_prefixes(preference, r)
-        logprobs = token_logprobs(logits, r.tokens)
-        kl = kl_estimate(logprobs, logprobs)
-        rewards = [shape_rewards(scores, kl, r.mask, 0.1, level) for level in ("token", "sequence", "batch")]
-        advantages, returns = gae(rewards[0], values, r.mask)
-        losses = [policy_loss(logprobs, logprobs, whiten(advantages, r.mask), r.mask)[0],
-                  value_loss(values, values, returns, r.mask),
-                  masked_mean(rlaif.token_entropy(logits), r.mask)]
-        labels = rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"])
-        assert len(preference(prompts, TEXTS[:3])) == 3
-    made = [r.input_ids, r.attention_mask, r.tokens, r.mask, r.ended, logits, values, prefixes, labels,
-            dense_scores(prefixes, r.mask), *rewards, *losses]
-    assert all(tensor.device.type == "cpu" for tensor in made)
-    close(labels, rlaif.ask_judge(judge, judge_tokenizer, ["ab", "cdefgh"]),
-          "the answers were looked up with indices that hold no data")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 6. Log-probabilities, and the KL against the reference
-# ------------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.floats(0.2, 3), st.integers(0, 2**31))
-def test_token_logprobs_are_those_of_the_categorical_that_was_sampled(device, B, T, V, temperature, seed):
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.floats(0.2, 3), seeds, devices)
+def test_token_logprobs_and_token_entropy_are_those_of_the_categorical_that_was_sampled(
+        B, T, V, temperature, seed, device):
     random = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(B, T, V, generator=random, dtype=torch.float64)).to(device)
-    tokens = torch.randint(V, (B, T), generator=random).to(device)
-    expected = torch.distributions.Categorical(logits=logits / temperature)
-    close(token_logprobs(logits, tokens, temperature), expected.log_prob(tokens),
-          "not log softmax(logits / temperature) at the tokens: temperature forgotten, or not normalised?")
-    plain = torch.distributions.Categorical(logits=logits)
-    close(token_logprobs(logits, tokens), plain.log_prob(tokens), "without a temperature it is 1")
-    half = logits.bfloat16()
-    assert token_logprobs(half, tokens).dtype == torch.float32, "half precision must be upcast to float32"
-    close(token_logprobs(half, tokens, temperature), token_logprobs(half.float(), tokens, temperature),
-          "upcast before the temperature and the softmax, not after")
+    tokens, half = torch.randint(V, (B, T), generator=random).to(device), logits.bfloat16()
+    for given, sampled in (((temperature,), logits / temperature), ((), logits)):
+        expected = torch.distributions.Categorical(logits=sampled)
+        close(token_logprobs(logits, tokens, *given), expected.log_prob(tokens), "not log softmax(logits / "
+              "temperature) at the tokens: temperature forgotten, or not normalised?")
+        close(rlaif.token_entropy(logits, *given), expected.entropy(), "not the entropy at this temperature")
+        for function, what in ((token_logprobs, (tokens, *given)), (rlaif.token_entropy, given)):
+            assert function(half, *what).dtype == torch.float32, "half precision must be upcast to float32"
+            close(function(half, *what), function(half.float(), *what), "upcast first, not at the end")
 
 
-def test_token_logprobs_of_huge_logits_are_finite():
-    logits = torch.tensor([[[1000.0, 0.0, -1000.0]]])
-    found = token_logprobs(logits.expand(1, 3, 3), torch.tensor([[0, 1, 2]]))
-    close(found, [[0.0, -1000.0, -2000.0]], "the logarithm of a softmax overflows where log_softmax does not")
-
-
-@given(st.integers(1, 4), st.integers(2, 9), st.floats(0.2, 3), st.integers(0, 2**31))
-def test_the_entropy_of_a_token_is_that_of_the_categorical_that_is_sampled(device, B, V, temperature, seed):
-    random = torch.Generator().manual_seed(seed)
-    logits = (3 * torch.randn(B, 3, V, generator=random, dtype=torch.float64)).to(device)
-    expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
-    found = rlaif.token_entropy(logits, temperature)
-    close(found, expected, "not the entropy of softmax(logits / temperature)")
-    plain = torch.distributions.Categorical(logits=logits).entropy()
-    close(rlaif.token_entropy(logits), plain, "without a temperature it is 1")
-    assert rlaif.token_entropy(logits.half()).dtype == torch.float32, "half precision must be upcast"
-
-
-def random_policies(seed, V):
-    """Logits of a policy over V actions, with a gradient, and log-probabilities of another."""
-    logits = torch.randn(2, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return logits[0].requires_grad_(), logits[1].log_softmax(-1)
-
-
-@given(st.integers(0, 2**31), st.integers(2, 8))
-def test_kl_estimate_k1_and_k3_have_the_kl_as_their_mean_under_the_policy(seed, V):
-    logits, ref = random_policies(seed, V)
-    logprobs = logits.log_softmax(-1)
-    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logits),
-                                              torch.distributions.Categorical(logits=ref))
-    for kind in ("k1", "k3"):
-        close((logprobs.exp() * kl_estimate(logprobs, ref, kind)).sum(), exact,
-              f"E[{kind}] is not KL(pi || ref): is the ratio upside down?")
-
-
-@given(st.integers(0, 2**31), st.integers(2, 8))
-def test_kl_estimate_k1_has_a_gradient_of_mean_zero_and_k2_has_the_gradient_of_the_kl(seed, V):
-    logits, ref = random_policies(seed, V)
-    logprobs = logits.log_softmax(-1)
+@given(seeds, st.integers(2, 8))
+def test_kl_estimate_k1_and_k3_have_the_kl_as_their_mean_and_k2_has_its_gradient(seed, V):
+    """Of all V^2 responses of two tokens: the tokens' estimates sum to the KL of whole responses."""
+    logits = torch.randn(2, V + 1, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logprobs, ref = logits.requires_grad_().log_softmax(-1)
+    each, each_ref = (torch.stack([x[:1].T.expand(V, V), x[1:]], -1) for x in (logprobs, ref))  # (V, V, 2)
+    prob, kl = each.sum(-1).exp(), (each.sum(-1).exp() * (each - each_ref).sum(-1)).sum()
 
     def gradient(x):
-        return torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]
-    exact = gradient(logprobs.exp() * (logprobs - ref))
-    mean = {kind: gradient(logprobs.exp().detach() * kl_estimate(logprobs, ref, kind))
-            for kind in ("k1", "k2")}
-    close(mean["k1"], torch.zeros(V), "E[grad k1] is not 0")
-    close(mean["k2"], exact, "E[grad k2] is not grad KL")
+        return torch.autograd.grad(x.sum(), logits, retain_graph=True)[0][0]
+    for kind in ("k1", "k3"):
+        mean = (prob * kl_estimate(each, each_ref, kind).sum(-1)).sum()
+        close(mean, kl, f"E[{kind}] is not KL(pi || ref): is the ratio upside down?")
+    k1, first, first_ref = kl_estimate(each, each_ref).sum(-1), logprobs[0], ref[0]
+    close(gradient(prob.detach() * k1), torch.zeros(V + 1, V), "E[grad k1] is not 0")
+    close(gradient(first.exp().detach() * kl_estimate(first, first_ref, "k2")),  # for each token alone
+          gradient(first.exp() * (first - first_ref)), "E[grad k2] is not grad KL")
 
 
 @given(st.floats(-5, 5))
 def test_kl_estimate_k3_is_never_negative_and_k2_is_its_second_order(d):
-    d = torch.tensor(d, dtype=torch.float64)
-    k1, k2, k3 = (kl_estimate(d, torch.zeros(()), kind) for kind in ("k1", "k2", "k3"))
-    close(k1, d, "k1 is log pi - log ref")
-    close(k2, d * d / 2, "k2 is d^2 / 2")
-    close(k3, torch.exp(-d) - 1 + d, "k3 is exp(-d) - 1 + d: is the ratio upside down?")
+    d, zero = torch.tensor(d, dtype=torch.float64), torch.zeros(())
+    k1, k2, k3 = (kl_estimate(d, zero, kind) for kind in ("k1", "k2", "k3"))
+    close(torch.stack([k1, k2, k3]), torch.stack([d, d * d / 2, torch.exp(-d) - 1 + d]),
+          "k1 is d = log pi - log ref, k2 d^2 / 2, k3 exp(-d) - 1 + d: is the ratio upside down?")
     assert k3 >= 0 and (k3 > 0 or abs(d) < 1e-7), "k3 is positive, and zero only where the policies agree"
-    small = d / 1000
-    third_order = (kl_estimate(small, torch.zeros(()), "k3") - small**2 / 2).abs()
-    assert third_order <= small.abs() ** 3 / 5 + 1e-16, "k3 is d^2 / 2 to third order"
-
-
-def test_kl_estimate_has_schulmans_bias_and_spread():
-    """q = N(0, 1) is sampled, p = N(mu, 1), by quadrature: the table of "Approximating KL divergence"."""
-    x = torch.linspace(-12, 12, 200001, dtype=torch.float64)
-    q = torch.distributions.Normal(0.0, 1.0).log_prob(x)
-    weight = q.exp() * (x[1] - x[0])
-    table = {1.0: {"k1": (0, 2), "k2": (0.25, 1.73205), "k3": (0, 1.69503)},
-             0.1: {"k1": (0, 20), "k2": (0.0025, 2.01**0.5)}}
-    for mu, rows in table.items():
-        true = mu**2 / 2
-        for kind, (bias, spread) in rows.items():
-            k = kl_estimate(q, torch.distributions.Normal(mu, 1.0).log_prob(x), kind)
-            mean = (weight * k).sum()
-            close((mean - true) / true, bias, f"bias of {kind} at mu {mu}", atol=1e-5)
-            std = ((weight * k * k).sum() - mean**2).sqrt()
-            close(std / true, spread, f"spread of {kind} at mu {mu}", atol=1e-4)
-
-
-def test_kl_estimate_of_an_unknown_kind_is_an_error():
     with pytest.raises(ValueError, match="k4"):
-        kl_estimate(torch.ones(1, 1), torch.ones(1, 1), "k4")
-
-
-def test_kl_estimate_summed_over_tokens_has_the_kl_of_the_sequence_distributions_as_its_mean():
-    """The chain rule, k1 and k3, at every token of every response of a GPT-2 (in float64)."""
-    policy, reference = gpt2(seed=0).double(), gpt2(seed=1).double()
-    for prompt in PROMPTS.values():
-        logprobs, ref_logprobs = enumerate_logprobs(policy, prompt), enumerate_logprobs(reference, prompt)
-        p, q = logprobs.sum(dim=1).exp(), ref_logprobs.sum(dim=1).exp()
-        close(p.sum(), 1.0, "the enumerated responses are all there are")
-        for kind in ("k1", "k3"):
-            close((p[:, None] * kl_estimate(logprobs, ref_logprobs, kind)).sum(), (p * (p / q).log()).sum(),
-                  f"the {kind} of the tokens do not sum to the KL of the sequences")
+        kl_estimate(d, zero, "k4")
 
 
 @given(st.floats(0.01, 5), st.floats(0, 50), st.floats(0.5, 20), st.integers(1, 4000), unit)
 def test_update_beta_moves_towards_its_target_slowly_and_stays_positive(beta, kl, target, horizon, share):
     n = int(share * (5 * horizon - 1))
-    new = update_beta(beta, kl, target, horizon, n)
+    new, error = update_beta(beta, kl, target, horizon, n), min(max(kl / target - 1, -0.2), 0.2)
+    close(new, beta * (1 + error * n / horizon), "at most 20 % * n / horizon, and up above the target")
     assert isinstance(new, float) and new > 0, "beta must stay positive"
-    assert abs(new / beta - 1) <= 0.2 * n / horizon + 1e-12, "a step is at most 20 % * n / horizon"
-    assert update_beta(beta, target, target, horizon, n) == beta, "on target, beta stays"
-    assert update_beta(beta, kl + 1, target, horizon, n) >= new, "more KL, higher price: is the sign wrong?"
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    close(new, beta * (1 + error * n / horizon), "not the controller's formula")
-
-
-def test_update_beta_by_hand_and_at_its_limit():
-    for kl, expected in ((7.2, 0.166087), (6.6, 0.157859), (6.0, 0.15), (4.8, 0.135329), (99.0, 0.166087),
-                         (0.0, 0.135329)):
-        beta = 0.15
-        for _ in range(10):
-            beta = update_beta(beta, kl, 6.0, 10_000, 512)
-        assert abs(beta - expected) < 1e-6, f"ten updates at KL {kl} give {beta} and not {expected}"
-    for bad in ({"n": 50}, {"target": 0.0}, {"target": -1.0}):
+    for bad in ((0.0, n), (-target, n), (target, 5 * horizon)):
         with pytest.raises(ValueError):
-            update_beta(**{"beta": 0.1, "kl": 1.0, "target": 1.0, "horizon": 10, "n": 1, **bad})
-    assert 0 < update_beta(0.1, 1.0, 2.0, 10, 49) < 0.1
+            update_beta(beta, kl, bad[0], horizon, bad[1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Rewards
-# ------------------------------------------------------------------------------------------------------------
+# 7. Rewards. Whatever takes a mask is given poison outside it, from here on ---------------------------------
 
 
 @given(batches())
-def test_masked_mean_is_the_mean_of_the_real_entries(device, batch):
-    batch = batch.on(device)
-    x = batch.draw()
-    real = [x[b, t].item() for b, t in batch.mask.nonzero().tolist()]
-    close(masked_mean(x, batch.mask), sum(real) / len(real), "padding counts, or each row is averaged first")
+def test_masked_mean_is_the_mean_of_the_real_entries(batch):
+    x = batch.draw().requires_grad_()
+    mean = masked_mean(x, batch.mask)
+    mean.backward()
+    close(mean, statistics.fmean(x[b, t].item() for b, t in batch.real), "padding counts, or rows come first")
+    close(x.grad, batch.table(lambda b, t: 1 / batch.n), "a real entry counts 1 / n, and padding has no gradient")
 
 
-@given(batches(), st.floats(0, 3))
-def test_shape_rewards_sums_to_the_score_less_beta_times_the_kl_of_each_response(device, batch, beta):
-    batch = batch.on(device)
+@given(batches(shortest=1), st.floats(0, 3))
+def test_shape_rewards_puts_the_score_on_the_last_token_and_the_price_of_kl_where_the_level_says(batch, beta):
     scores, kl = batch.draw(batch.B), batch.draw()
-    own_kl = torch.stack([kl[b, :length].sum() for b, length in enumerate(batch.lengths)])
-    total = scores - beta * own_kl
-    for level in ("token", "sequence"):
-        close(shape_rewards(scores, kl, batch.mask, beta, level).sum(dim=1), total,
-              f"{level}: a response must get score - beta * KL: sign, beta twice, or padding in the KL?")
-    rewards = shape_rewards(scores, kl, batch.mask, beta, "batch")
-    close(rewards.sum(), total.sum(), "batch: the batch as a whole must pay for its whole KL")
-    close(rewards.sum(dim=1) - scores, (total - scores).mean().expand(batch.B),
-          "batch: every response pays the same")
+    own = [kl[b, :n].sum().item() for b, n in enumerate(batch.lengths)]
+    paid = {"token": lambda b, t, last: kl[b, t].item(), "sequence": lambda b, t, last: last * own[b],
+            "batch": lambda b, t, last: last * statistics.fmean(own)}
+    for level, price in paid.items():
+        def reward(b, t):
+            last = t == batch.lengths[b] - 1
+            return last * scores[b].item() - beta * price(b, t, last)
+        with nowhere():
+            found = shape_rewards(scores, kl, batch.mask, beta, level)
+        close(found, batch.table(reward), f"{level}: the score belongs on the last real token, the EOS itself, "
+              "-beta * KL on each token or, of a response or the batch, on the last: sign, or padding?")
+        close(found.sum(), scores.sum() - beta * sum(own), f"{level}: all get score - beta * KL together")
+    close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * f64(*own),
+          "by default each token pays, and a response gets score - beta * KL")
 
 
-@given(batches(), st.floats(0, 3))
-def test_shape_rewards_puts_the_score_on_the_last_token_and_the_kl_on_each(device, batch, beta):
-    batch = batch.on(device)
-    scores, kl = batch.draw(batch.B), batch.draw()
-    score_alone = shape_rewards(scores, kl, batch.mask, beta) + beta * torch.where(batch.mask, kl, 0.0)
-    one_hot = torch.zeros_like(kl)
-    for b, length in enumerate(batch.lengths):
-        one_hot[b, length - 1] = scores[b]
-    close(score_alone, one_hot, "a token's reward is -beta * its KL, and the score belongs on the last real "
-          "token, the EOS itself: not before it, not on padding")
-    for level in ("token", "sequence", "batch"):
-        free = shape_rewards(scores, kl, batch.mask, 0.0, level)
-        assert torch.equal(free, one_hot), f"{level}: beta 0 must leave the score alone"
-        at_home = shape_rewards(scores, torch.zeros_like(kl), batch.mask, 1.0, level)
-        assert torch.equal(at_home, one_hot), f"{level}: no KL, no penalty"
-    for level in ("sequence", "batch"):
-        rewards = shape_rewards(scores, kl, batch.mask, beta, level)
-        assert (rewards[one_hot == 0] == 0).all(), f"{level}: the whole penalty stands on the last token"
-
-
-def test_shape_rewards_refuses_a_column_of_scores_and_an_unknown_level():
-    kl, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    for scores in (torch.ones(2, 1), torch.ones(1), torch.ones(3), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"\(B,\)"):
-            shape_rewards(scores, kl, mask, 0.1)
-    with pytest.raises(ValueError, match=r"\(B,\)"):
-        shape_rewards(torch.ones(1, 1), kl[:1], mask[:1], 0.1)
+def test_shape_rewards_refuses_a_column_of_scores_an_empty_row_and_an_unknown_level():
+    full, empty = f64([1, 1], [1, 1]).bool(), f64([1, 1], [0, 0]).bool()
+    for shape, mask in (((2, 1), full), ((1,), full), ((3,), full), ((), full), ((1, 1), full[:1]), ((2,), empty)):
+        with pytest.raises(ValueError):
+            shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1)
     with pytest.raises(ValueError, match="word"):
-        shape_rewards(torch.ones(2), kl, mask, 0.1, "word")
+        shape_rewards(torch.ones(2), torch.ones(2, 2), full, 0.1, "word")
 
 
 @given(batches())
-def test_dense_scores_telescope_to_the_score_of_the_whole_response(device, batch):
-    batch = batch.on(device)
+def test_dense_scores_telescope_to_the_score_of_every_prefix(batch):
     prefix_scores = batch.draw()
-    spread = dense_scores(prefix_scores, batch.mask)
-    for b, length in enumerate(batch.lengths):
-        close(spread[b].sum(), prefix_scores[b, length - 1],
-              "the increments must sum to the whole response's score: what stands before the first is 0, and "
-              "padding gets nothing")
-        for t in range(length):
-            close(spread[b, :t + 1].sum(), prefix_scores[b, t],
-                  "the first t increments must sum to the score of that prefix")
+    with nowhere():
+        spread = dense_scores(prefix_scores, batch.mask)
+    close(torch.where(batch.mask, spread.cumsum(dim=1), spread), batch.table(lambda b, t: prefix_scores[b, t]),
+          "the first t increments must sum to the score of that prefix; padding has none")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Advantages
-# ------------------------------------------------------------------------------------------------------------
-
-
-@given(batches(), unit)
-def test_gae_with_lambda_one_is_return_minus_value(device, batch, gamma):
-    batch = batch.on(device)
-    rewards, values = batch.draw(), batch.draw()
-    advantages, _ = gae(rewards, values, batch.mask, gamma, lam=1.0)
-    for b, t in batch.mask.nonzero().tolist():
-        future = sum(gamma ** (k - t) * rewards[b, k] for k in range(t, batch.lengths[b]))
-        close(advantages[b, t] + values[b, t], future,
-              "A + V is not the discounted return: is a value taken from past the last token?")
-
-
-@given(batches(), unit)
-def test_gae_with_lambda_zero_is_the_temporal_difference(device, batch, gamma):
-    batch = batch.on(device)
-    rewards, values = batch.draw(), batch.draw()
-    advantages, _ = gae(rewards, values, batch.mask, gamma, lam=0.0)
-    for b, t in batch.mask.nonzero().tolist():
-        following = values[b, t + 1] if t + 1 < batch.lengths[b] else 0.0
-        close(advantages[b, t], rewards[b, t] + gamma * following - values[b, t],
-              "A is not delta: are the values shifted by one token?")
+# 8. Advantages ----------------------------------------------------------------------------------------------
 
 
 @given(batches(), unit, unit)
-def test_gae_is_the_discounted_sum_of_temporal_differences(device, batch, gamma, lam):
-    batch = batch.on(device)
+def test_gae_is_the_discounted_sum_of_temporal_differences_or_with_lambda_one_of_rewards(batch, gamma, lam):
+    """From which follow: with lambda 0 it is the temporal difference; a reward moves no advantage after it;
+    values that are the returns leave none; rewards and values enter linearly; a row minds no other."""
     rewards, values = batch.draw(), batch.draw()
-    advantages, returns = gae(rewards, values, batch.mask, gamma, lam)
-    for b, length in enumerate(batch.lengths):
-        v = [*values[b, :length].tolist(), 0.0]
-        deltas = [rewards[b, t].item() + gamma * v[t + 1] - v[t] for t in range(length)]
-        close(advantages[b, length - 1], rewards[b, length - 1] - values[b, length - 1],
-              "A of the last token is not r - V: V after it is 0")
-        for t in range(length):
-            expected = sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t))
-            close(advantages[b, t].item(), expected, "A is not the sum of (gamma lam)^k delta_{t+k}")
-            after = advantages[b, t + 1].item() if t + 1 < length else 0.0
-            close(advantages[b, t].item() - gamma * lam * after, deltas[t],
-                  "A_t - gamma lam A_{t+1} is not delta_t")
-    close(returns - torch.where(batch.mask, values, 0.0), advantages,
-          "returns are not A + V: were they taken after whitening?")
-    assert (returns[~batch.mask] == 0).all() and (advantages[~batch.mask] == 0).all(), (
-        "padding has an advantage or a return")
+    with nowhere():
+        advantages, returns = gae(rewards, values, batch.mask, gamma, lam)
 
+    def delta(b, t):
+        following = values[b, t + 1].item() if t + 1 < batch.lengths[b] else 0.0
+        return rewards[b, t].item() + gamma * following - values[b, t].item()
 
-@given(batches(), unit, unit)
-def test_gae_is_zero_when_the_values_are_the_returns(batch, gamma, lam):
-    rewards, values = batch.draw(), torch.zeros(batch.B, batch.T, dtype=torch.float64)
-    for b, length in enumerate(batch.lengths):
-        for t in range(length):
-            values[b, t] = sum(gamma ** (k - t) * rewards[b, k] for k in range(t, length))
-    advantages, _ = gae(rewards, values, batch.mask, gamma, lam)
-    close(advantages, torch.zeros_like(advantages), "perfect values leave no advantage, whatever lambda")
-
-
-@given(batches(), unit, unit)
-def test_gae_is_linear_in_rewards_and_values(batch, gamma, lam):
-    r1, v1, r2, v2 = (batch.draw() for _ in range(4))
-    both, _ = gae(2 * r1 - 3 * r2, 2 * v1 - 3 * v2, batch.mask, gamma, lam)
-    one, other = (gae(r, v, batch.mask, gamma, lam)[0] for r, v in ((r1, v1), (r2, v2)))
-    close(both, 2 * one - 3 * other, "GAE is not linear")
-
-
-@given(batches(max_rows=1), unit, unit)
-def test_gae_is_causal_and_credits_earlier_tokens_by_gamma_lambda(batch, gamma, lam):
-    rewards = batch.draw().requires_grad_()
-    advantages, _ = gae(rewards, batch.draw(), batch.mask, gamma, lam)
-    for s in range(batch.lengths[0]):
-        (row,) = torch.autograd.grad(advantages[0, s], rewards, retain_graph=True)
-        for t in range(batch.T):
-            expected = (gamma * lam) ** (t - s) if s <= t < batch.lengths[0] else 0.0
-            close(row[0, t], expected,
-                  f"dA_{s}/dr_{t} is not (gamma lam)^(t-s): an advantage must not see earlier rewards")
-
-
-def test_gae_by_hand(device):
-    rewards, values = torch.tensor([[[0.0, 0, 1]], [[0.2, 0.5, 0.7]]], dtype=torch.float64, device=device)
-    mask = torch.ones(1, 3, dtype=torch.bool, device=device)
-    for lam, expected in ((0, [0.3, 0.2, 0.3]), (0.5, [0.475, 0.35, 0.3]), (0.95, [0.76075, 0.485, 0.3]),
-                          (1, [0.8, 0.5, 0.3])):
-        close(gae(rewards, values, mask, 1.0, lam)[0][0], expected, f"worked example, lambda {lam}")
-    close(gae(rewards, values, mask)[0][0, 0], 0.76075, "the defaults are gamma 1, lambda 0.95")
+    def discounted(of, rate):
+        return batch.table(lambda b, t: sum(rate ** (k - t) * of(b, k) for k in range(t, batch.lengths[b])))
+    ends = [(b, n - 1) for b, n in enumerate(batch.lengths) if n]
+    close(f64(*(advantages[end] for end in ends)), [delta(*end) for end in ends],
+          "A of the last token is not r - V: is a value read in the padding, or padding multiplied by 0?")
+    close(advantages, discounted(delta, gamma * lam), "A is not the sum of (gamma lam)^k delta_{t+k}")
+    close(returns, advantages + batch.table(lambda b, t: values[b, t]), "returns are not A + V")
+    close(gae(rewards, values, batch.mask, gamma, 1.0)[1], discounted(lambda b, t: rewards[b, t].item(), gamma),
+          "with lambda 1 A + V is not the discounted return: is a value taken from past the last token?")
 
 
 @given(batches(), st.sampled_from([1e-4, 1.0, 1e3]), st.floats(-5, 5))
-def test_whiten_gives_mean_zero_and_variance_one_up_to_epsilon(device, batch, scale, shift):
-    batch = batch.on(device)
-    x = batch.draw(scale=scale) + shift
-    real, white = x[batch.mask], whiten(x, batch.mask)
-    variance = real.var(correction=0)
-    close(white[batch.mask].mean(), 0.0, "mean is not 0: is padding in it, or each row whitened alone?", 1e-7)
-    close(white[batch.mask].var(correction=0), variance / (variance + 1e-8),
-          "variance is not v / (v + 1e-8), v the biased variance of the real entries", atol=1e-7)
-    close(whiten(real), white[batch.mask], "the mask must give what the real entries alone give")
+def test_whiten_gives_mean_zero_and_variance_one_up_to_epsilon(batch, scale, shift):
+    """From which follows: scale and shift are forgotten, and a constant or a single entry becomes 0."""
+    drawn, constant = batch.draw(scale=scale) + shift, batch.draw(scale=0.0) + shift
+    for x in (drawn, constant):
+        real = [x[b, t].item() for b, t in batch.real]
+        mean, std = statistics.fmean(real), math.sqrt(statistics.pvariance(real) + 1e-8)
+        with nowhere():
+            white, alone = whiten(x, batch.mask), whiten(x[batch.mask])
+        close(white[batch.mask].mean(), 0.0, "mean is not 0: is padding in it, or multiplied by 0, or each row "
+              "whitened alone?", atol=1e-7)
+        close(white, batch.table(lambda b, t: (x[b, t].item() - mean) / std), "not (x - mean) / sqrt(v + 1e-8), "
+              "v the biased variance of the real entries, with 0 outside", atol=1e-7)
+        close(alone, white[batch.mask], "without a mask all entries are real", atol=1e-7)
 
 
-@given(batches(), st.floats(0.5, 20), st.floats(-5, 5))
-def test_whiten_forgets_scale_and_shift(batch, scale, shift):
-    x = batch.draw(scale=10)
-    if x[batch.mask].var(correction=0) > 1:
-        moved = whiten(scale * x + shift, batch.mask)
-        close(moved, whiten(x, batch.mask), "whiten(a x + b) is not whiten(x)", atol=1e-6)
+# 9. The clipped losses --------------------------------------------------------------------------------------
 
 
-@given(batches(), st.floats(-1e3, 1e3))
-def test_whiten_of_a_constant_or_a_single_entry_is_zero(batch, constant):
-    x = torch.full((batch.B, batch.T), constant, dtype=torch.float64)
-    close(whiten(x, batch.mask), torch.zeros_like(x), "a constant whitens to 0", atol=1e-8)
-    close(whiten(x[0, :1]), [0.0], "one entry whitens to 0: the unbiased variance of one entry is NaN", 1e-8)
-
-
-@given(batches(), st.floats(0, 20))
-def test_whitened_advantages_forget_a_price_that_the_whole_batch_pays(batch, beta):
-    scores, kl, values = batch.draw(batch.B), batch.draw(), batch.draw()
-
-    def used(beta):
-        rewards = shape_rewards(scores, kl, batch.mask, beta, "batch")
-        return whiten(gae(rewards, values, batch.mask, 1.0, 1.0)[0], batch.mask)
-    close(used(beta), used(0.0), "what all responses have in common is subtracted", atol=1e-6)
-
-
-def test_whiten_by_hand(device):
-    x = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], dtype=torch.float64, device=device)
-    ends = whiten(x).flatten()[[0, -1]] + 1.6  # the code that this number comes from adds the mean back
-    close(ends, [0.0508, 3.1492], "worked example: the variance is the biased one", atol=1e-4)
-
-
-def test_the_worked_example_of_the_module_docstring_is_right():
-    """A response of four tokens and a column of padding, which holds what must not matter."""
-    kl, values = torch.tensor([[[0.5, 0.0, -0.1, 0.2, 9.9]], [[0.2, 0.4, 0.5, 0.7, 9.9]]]).double()
-    mask = torch.tensor([[True, True, True, True, False]])
-    rewards = shape_rewards(torch.tensor([1.0]).double(), kl, mask, beta=0.3)
-    expected = [[-0.15, 0.0, 0.03, 0.94, 0.0]]
-    close(rewards, expected, "rewards: -beta * KL on each token, and the score on the last", atol=1e-6)
-    advantages, _ = gae(rewards, values, mask, gamma=1.0, lam=1.0)
-    expected = [[0.62, 0.57, 0.47, 0.24, 0.0]]
-    close(advantages, expected, "advantages: the rewards still to come, less the value", atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 9. The clipped losses
-# ------------------------------------------------------------------------------------------------------------
-
-
-@given(batches())
-def test_policy_loss_at_ratio_one_is_minus_the_mean_advantage_with_the_policy_gradient(device, batch):
-    batch = batch.on(device)
-    logprobs, advantages = batch.draw().requires_grad_(), batch.draw()
-    loss, fraction = policy_loss(logprobs, logprobs.detach().clone(), advantages, batch.mask)
-    close(loss, -advantages[batch.mask].mean(),
-          "at ratio 1 it is -mean(A) over the real tokens: sign, padding, or the mean of each row first?")
+@given(batches(), st.floats(0.05, 0.5), st.booleans())
+def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_range(batch, clip, is_first):
+    old, noise = batch.draw(), batch.draw(scale=0.0 if is_first else 0.3)
+    advantages = torch.where(batch.draw() > 1, 0.0, batch.draw())
+    logprobs, old, advantages = (x.clone().requires_grad_() for x in (old + noise, old, advantages))
+    with nowhere():
+        loss, fraction = policy_loss(logprobs, old, advantages, batch.mask, clip)
     loss.backward()
-    expected = torch.where(batch.mask, -advantages / sum(batch.lengths), 0.0)
-    close(logprobs.grad, expected, "at ratio 1 the gradient is -mean(A grad log pi)")
-    assert fraction == 0, "nothing is clipped at ratio 1"
-
-
-@given(batches(), st.floats(0.05, 0.5))
-def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_range(device, batch, clip):
-    batch = batch.on(device)
-    old, advantages = batch.draw(), batch.draw()
-    advantages = torch.where(batch.draw() > 1, 0.0, advantages)
-    logprobs = (old + batch.draw(scale=0.3)).requires_grad_()
-    loss, fraction = policy_loss(logprobs, old, advantages, batch.mask, clip)
-    (grad,) = torch.autograd.grad(loss, logprobs)
-    ratio, n, expected, cut = (logprobs - old).exp().detach(), sum(batch.lengths), 0.0, 0
-    for b, t in batch.mask.nonzero().tolist():
-        rho, A = ratio[b, t].item(), advantages[b, t].item()
+    assert old.grad is None and advantages.grad is None, (
+        "what the rollout measured must be detached: else the policy loss trains the values")
+    plain, clipped, cut, gradient = 0.0, 0.0, 0, torch.zeros(batch.mask.shape, dtype=torch.float64)
+    for b, t in batch.real:
+        rho, A = (logprobs - old).exp()[b, t].item(), advantages[b, t].item()
         out = (A > 0 and rho > 1 + clip) or (A < 0 and rho < 1 - clip)
         bound = 1 + clip if A > 0 else 1 - clip
-        expected -= A * (bound if out else rho)
-        cut += out
-        if out or A == 0:
-            assert grad[b, t] == 0, (
-                "beyond the clip range, on the side it gains from, a token gives no gradient: min for max?")
-        else:
-            close(grad[b, t], -A * rho / n, "inside the clip range, or on the losing side, the gradient is "
-                  "-A rho / n: is the ratio upside down, or min taken for max?")
-    close(loss, expected / n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens")
-    close(fraction, cut / n, "clip fraction counts tokens where the clipped side is the larger", atol=1e-6)
-    unclipped = -(advantages * ratio)[batch.mask].mean()
-    assert loss >= unclipped - 1e-12, "the clipped loss is never below the unclipped one: min for max?"
-    plain, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
-    close(plain, unclipped, "clip=inf is the plain surrogate")
+        plain, clipped, cut = plain - A * rho, clipped - A * (bound if out else rho), cut + out
+        gradient[b, t] = 0.0 if out else -A * rho / batch.n
+    close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, min "
+          "for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
+    close(logprobs.grad, gradient, "the gradient is -A rho / n, and 0 beyond the clip on the side that gains")
+    close(fraction, cut / batch.n, "it counts the tokens whose clipped side is the larger", atol=1e-6)
+    assert clipped >= plain - 1e-12, "the clipped loss is never below the unclipped one"
+    unclipped, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
+    close(unclipped, plain / batch.n, "clip=inf is the plain surrogate")
     assert none_cut == 0, "clip=inf clips nothing"
-    tripled, _ = policy_loss(logprobs, old, 3 * advantages, batch.mask, clip)
-    close(tripled, 3 * loss, "it is 1-homogeneous in A")
-
-
-def test_policy_loss_by_hand():
-    ratio = torch.tensor([[0.5, 0.8, 1.0, 1.2, 1.5]], dtype=torch.float64)
-    for sign, expected in ((1, [0.5, 0.8, 1, 1.2, 1.2]), (-1, [-0.8, -0.8, -1, -1.2, -1.5])):
-        for t in range(5):
-            one = torch.ones(1, 1, dtype=torch.float64)
-            loss, _ = policy_loss(ratio[:, t:t + 1].log(), 0 * one, sign * one, one.bool())
-            close(-loss, expected[t], f"worked example, A = {sign}, ratio {ratio[0, t]}: ratio upside down, "
-                  "min for max, or another default than clip = 0.2?")
-
-
-@given(batches())
-def test_policy_loss_sends_no_gradient_into_what_the_rollout_measured(batch):
-    logprobs, old, advantages = (batch.draw().requires_grad_() for _ in range(3))
-    policy_loss(logprobs, old, advantages, batch.mask)[0].backward()
-    assert old.grad is None, "old_logprobs must be detached: they are data, measured in the rollout"
-    assert advantages.grad is None, "advantages must be detached: else the policy loss trains the values"
 
 
 @given(batches(), st.floats(0.05, 1))
-def test_value_loss_is_half_the_larger_of_the_clipped_and_the_plain_squared_error(device, batch, clip):
-    batch = batch.on(device)
+def test_value_loss_is_half_the_larger_of_the_clipped_and_the_plain_squared_error(batch, clip):
     old, returns = batch.draw(), batch.draw()
-    values = (old + batch.draw(scale=0.5)).requires_grad_()
-    n, plain, clipped = sum(batch.lengths), 0.0, 0.0
-    for b, t in batch.mask.nonzero().tolist():
+    values, old, returns = (x.clone().requires_grad_() for x in (old + batch.draw(scale=0.5), old, returns))
+    with nowhere():
+        loss = value_loss(values, old, returns, batch.mask, clip)
+    loss.backward()
+    assert old.grad is None and returns.grad is None, "what the rollout measured must be detached"
+    plain, larger, gradient = 0.0, 0.0, torch.zeros(batch.mask.shape, dtype=torch.float64)
+    for b, t in batch.real:
         v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
-        near = min(max(v, o - clip), o + clip)
-        plain += (v - r) ** 2 / 2 / n
-        clipped += max((v - r) ** 2, (near - r) ** 2) / 2 / n
-    loss = value_loss(values, old, returns, batch.mask, clip)
-    close(loss, clipped, "not half the mean of the larger squared error over the real tokens: min for max, "
-          "the half forgotten, or clipped around something else than the old values?")
-    assert loss >= plain - 1e-12, "clipping never lowers the value loss"
+        error, near = (v - r) ** 2 / 2, (min(max(v, o - clip), o + clip) - r) ** 2 / 2
+        plain, larger = plain + error, larger + max(error, near)
+        gradient[b, t] = (v - r) / batch.n if error >= near else 0.0
+    close(loss, larger / batch.n, "not half the mean of the larger squared error over the real tokens: min for "
+          "max, the half forgotten, clipped around something else, or padding multiplied by 0?")
+    close(values.grad, gradient, "the gradient is (V - R) / n where the plain error is the larger, else 0")
     for off in (None, math.inf):
-        close(value_loss(values, old, returns, batch.mask, off), plain, "switched off, it is half the mean "
-              "squared error")
-    inside = old + clip * torch.tanh(values)
-    clipped, plain = (value_loss(inside, old, returns, batch.mask, c) for c in (clip, None))
-    close(clipped, plain, "inside the clip range nothing is clipped")
-    (grad,) = torch.autograd.grad(value_loss(values, old, returns, batch.mask, None), values)
-    close(grad, torch.where(batch.mask, (values - returns) / n, 0.0), "gradient is (V - R) / n")
+        close(value_loss(values, old, returns, batch.mask, off), plain / batch.n, "clip off: the plain error")
 
 
-def test_value_loss_by_hand():
-    one = torch.ones(1, 1, dtype=torch.float64)
-    for value, expected in ((0.5, 0.32), (0.1, 0.405), (-1.0, 2.0)):
-        loss = value_loss(value * one, 0 * one, one, one.bool())
-        close(loss, expected, f"old value 0, return 1, value {value}, clip 0.2 by default")
-
-
-@given(batches())
-def test_value_loss_sends_no_gradient_into_what_the_rollout_measured(batch):
-    values, old_values, returns = (batch.draw().requires_grad_() for _ in range(3))
-    value_loss(values, old_values, returns, batch.mask).backward()
-    assert old_values.grad is None and returns.grad is None, "old_values and returns must be detached"
-
-
-def test_the_gradient_of_a_minibatch_is_that_of_its_rows_weighted_by_their_tokens():
-    policy = gpt2().double()
-    torch.manual_seed(3)
-    ids = torch.tensor([[0, 1]] * 6)
-    tokens, mask = generate(policy, ids, torch.ones_like(ids), 5, EOS, EOS)
-    advantages = torch.randn(mask.shape, dtype=torch.float64)
-
-    def gradient(rows):
-        attention = torch.ones_like(ids[rows])
-        logits, _ = rlaif.response_logits(policy, ids[rows], attention, tokens[rows], mask[rows])
-        logprobs = token_logprobs(logits, tokens[rows])
-        loss, _ = policy_loss(logprobs, logprobs.detach() - 0.1, advantages[rows], mask[rows])
-        return flat_gradient(loss, policy)
-    weights = mask.sum(dim=1) / mask.sum()
-    assert len(set(mask.sum(dim=1).tolist())) > 1
-    close(sum(weights[b] * gradient([b]) for b in range(6)), gradient(list(range(6))),
-          "rows are averaged before tokens", atol=1e-8)
-
-
-# Sections 7 to 9 together, against calculus: the enumerable world of tiny_models/exact.py.
-
+# Sections 7 to 9 together, against calculus: the enumerable world of tiny_models/exact.py -------------------
 
 BETA = 0.7
 
@@ -1476,86 +1024,73 @@ def small_world():
     policy, reference, prompt_ids = gpt2(seed=4).double(), gpt2(seed=1).double(), PROMPTS["ab"]
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        logprobs = enumerate_logprobs(policy, prompt_ids)
-        ref_logprobs = enumerate_logprobs(reference, prompt_ids)
+        logprobs, ref_logprobs = (enumerate_logprobs(model, prompt_ids) for model in (policy, reference))
     scores = torch.randn(40, generator=random, dtype=torch.float64)
     values = torch.randn(len(STATES), generator=random, dtype=torch.float64)[PREFIXES]  # any, but one a state
-    return types.SimpleNamespace(model=(policy, prompt_ids, ref_logprobs), logprobs=logprobs,
-                                 ref_logprobs=ref_logprobs, scores=scores, values=values)
+    prob = logprobs.sum(dim=1).exp()
+    std = (prob @ (scores - prob @ scores) ** 2).sqrt()
+    model = policy, prompt_ids, ref_logprobs
+    return types.SimpleNamespace(model=model, kl=logprobs - ref_logprobs, prob=prob, scores=scores, std=std,
+                                 values=values, exact=objective_gradient(*model, scores, BETA))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_expected_gradient_is_that_of_the_objective_whatever_the_values(small_world, level):
     w = small_world
-    exact = objective_gradient(*w.model, w.scores, BETA)
     for values in (w.values, None):
         found = expected_gradient(*w.model, w.scores, BETA, level, values=values)
-        close(found, exact, f"{level}: the policy does not climb E[score] - beta * KL", atol=1e-6)
+        close(found, w.exact, f"{level}: the policy does not climb E[score] - beta * KL", atol=1e-6)
+    optimal = BETA * w.kl.sum(dim=1)  # for which the policy is the best of all, pi_ref exp(r / beta)
+    found = expected_gradient(*w.model, optimal, BETA, level, values=w.values)
+    close(found, torch.zeros_like(found), f"{level}: there is a way up from the optimum", atol=1e-6)
 
 
-def test_the_expected_gradient_at_the_optimum_is_zero(small_world):
+@pytest.mark.parametrize("how", ["batch", "k2", "k3", "whitened"])
+def test_the_expected_gradient_of_another_price_is_what_calculus_says(small_world, how):
+    """In a batch of two a response pays for half of its own KL and for nothing else; a k2 or k3 in the reward
+    is not the KL; with scores of std 1 beta is in stds of the score."""
     w = small_world
-    scores = BETA * (w.logprobs - w.ref_logprobs).sum(dim=1)  # of which the policy is pi_ref exp(r / beta)
-    found = expected_gradient(*w.model, scores, BETA, values=w.values)
-    close(found, torch.zeros_like(found), "there is a way up from the optimum", atol=1e-6)
-
-
-def test_a_kl_that_the_whole_batch_pays_holds_the_policy_by_its_share_only(small_world):
-    w = small_world
-    found = expected_gradient(*w.model, w.scores, BETA, "batch", values=w.values)
-    close(found, objective_gradient(*w.model, w.scores, BETA / 2),
-          "in a batch of two, a response pays for half of its own KL, and for nothing else", atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["k2", "k3"])
-def test_an_estimate_in_the_reward_that_is_not_k1_gives_another_gradient_than_the_kl(small_world, kind):
-    w = small_world
-    found = expected_gradient(*w.model, w.scores, BETA, kind=kind, values=w.values)
-    close(found, objective_gradient(*w.model, w.scores, BETA, kind), f"{kind}: not what calculus says", 1e-6)
-    exact = objective_gradient(*w.model, w.scores, BETA)
-    assert (found - exact).norm() > 0.1 * exact.norm(), f"{kind} in the reward is known not to be the KL"
-
-
-def test_scores_brought_to_std_one_raise_the_price_of_kl_by_their_std(small_world):
-    w = small_world
-    prob = w.logprobs.sum(dim=1).exp()
-    std = (prob @ (w.scores - prob @ w.scores) ** 2).sqrt()
-    found = expected_gradient(*w.model, w.scores, BETA, values=w.values, whitened=True)
-    close(found, objective_gradient(*w.model, w.scores, BETA * std) / std,
-          "with scores of std 1 beta is in stds of the score", atol=1e-6)
+    given, price, kind, divisor = {
+        "batch": ({"level": "batch"}, BETA / 2, "k1", 1), "k2": ({"kind": "k2"}, BETA, "k2", 1),
+        "k3": ({"kind": "k3"}, BETA, "k3", 1),
+        "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std)}[how]
+    found = expected_gradient(*w.model, w.scores, BETA, values=w.values, **given)
+    close(found, objective_gradient(*w.model, w.scores, price, kind) / divisor, f"{how}: not so", atol=1e-6)
+    assert (found - w.exact).norm() > 0.1 * w.exact.norm(), f"{how}: it should not be that of the objective"
 
 
 def test_below_lambda_one_the_values_lend_their_errors_and_true_values_lend_none(small_world):
     w = small_world
-    exact = objective_gradient(*w.model, w.scores, BETA)
-    rewards = torch.where(ALL_MASK, -BETA * (w.logprobs - w.ref_logprobs), 0.0)
+    rewards = torch.where(ALL_MASK, -BETA * w.kl, 0.0)
     rewards[torch.arange(40), ALL_MASK.sum(dim=1) - 1] += w.scores
     to_go = rewards.flip(1).cumsum(dim=1).flip(1)  # what each response still gets from each of its tokens on
-    prob = w.logprobs.sum(dim=1).exp()
     true_values = torch.zeros(40, 3, dtype=torch.float64)
     for t in range(3):
         for state in PREFIXES[:, t].unique():
             same = PREFIXES[:, t] == state
-            true_values[same, t] = (prob[same] * to_go[same, t]).sum() / prob[same].sum()
+            true_values[same, t] = (w.prob[same] * to_go[same, t]).sum() / w.prob[same].sum()
     for lam in (0.0, 0.6):
         right = expected_gradient(*w.model, w.scores, BETA, lam=lam, values=true_values)
-        close(right, exact, f"lambda {lam}: true values must leave the gradient unbiased", atol=1e-6)
+        close(right, w.exact, f"lambda {lam}: true values must leave the gradient unbiased", atol=1e-6)
         wrong = expected_gradient(*w.model, w.scores, BETA, lam=lam, values=w.values)
-        assert (wrong - exact).norm() > 0.1 * exact.norm(), f"lambda {lam}: wrong values must show"
+        assert (wrong - w.exact).norm() > 0.1 * w.exact.norm(), f"lambda {lam}: wrong values must show"
 
 
-@pytest.mark.parametrize("beta,reward,kl,objective", [
-    (0.1, 0.99959, 2.29809, 0.76978), (0.5, 0.45085, 0.40768, 0.24701), (1.0, 0.23197, 0.07340, 0.15857),
-    (2.0, 0.15483, 0.01456, 0.12571)])
-def test_the_optimum_is_the_reference_tilted_by_the_reward(beta, reward, kl, objective):
+def test_the_optimum_is_the_reference_tilted_by_the_reward():
     """One response in ten succeeds under the reference: published numbers."""
-    ref = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
-    rewards = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
-    best = optimum(ref, rewards, beta)
-    for found, expected in ((best.reward, reward), (best.kl, kl), (best.objective, objective)):
-        assert abs(found - expected) < 1e-5
-    log_mean = (ref + rewards / beta).logsumexp(dim=1)[0]
-    close(best.objective, beta * log_mean, "J* is beta log E_ref exp(r / beta)")
+    for beta, *expected in ((0.1, 0.99959, 2.29809, 0.76978), (0.5, 0.45085, 0.40768, 0.24701),
+                            (1.0, 0.23197, 0.07340, 0.15857), (2.0, 0.15483, 0.01456, 0.12571)):
+        best = optimum(f64([0.9, 0.1]).log(), f64([0.0, 1.0]), beta)
+        close([best.reward, best.kl, best.objective], expected, f"beta {beta}: reward, KL, J", atol=6e-6)
+        close(best.objective, beta * math.log(0.9 + 0.1 * math.exp(1 / beta)), "J* is beta log E exp(r / beta)")
+
+
+EXACT = {1.0: 0.9, 2.0: 0.9}
+
+
+@pytest.mark.parametrize("beta", EXACT)
+def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(tmp_path, beta):
+    pytest.skip("to come")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1942,7 +1477,7 @@ def test_memory_grows_with_the_micro_batch_and_not_with_the_batch(tmp_path, monk
     """A large vocabulary, replies of 8: the logits of one row are 1.8 MB, of a micro-batch of two 3.5."""
     policy = modern(LlamaConfig, LlamaForCausalLM, vocab_size=49152, hidden_size=64)
     most = {}
-    for batch_size in (4, 16):
+    for batch_size in (4, 12):
         run = toy_run(tmp_path, policy=policy, max_new_tokens=8, batch_size=batch_size, ppo_epochs=1,
                       minibatch_size=batch_size, micro_batch_size=2, missing_eos_score=math.inf)
         ready = rlaif.roll_out(run)
@@ -1957,10 +1492,10 @@ def test_memory_grows_with_the_micro_batch_and_not_with_the_batch(tmp_path, monk
     with Peak(judge) as asked:
         rlaif.ask_judge(judge, random_judge()[1], ["abcdefgh"] * 16, chunk=8)
     logits = 2 * 9 * 49152 * 4
-    for few, many in zip(most[4], most[16]):
-        assert many <= 1.2 * few, f"{many / few:.2f} times as much memory for four times the batch"
-    assert most[16][0] <= 6 * logits, "more than a few copies of one pass's logits"
-    assert asked.most <= 2 * most[16][1], "the judge takes more than twice the update"
+    for few, many in zip(most[4], most[12]):
+        assert many <= 1.2 * few, f"{many / few:.2f} times as much memory for thrice the batch"
+    assert most[12][0] <= 6 * logits, "more than a few copies of one pass's logits"
+    assert asked.most <= 2 * most[12][1], "the judge takes more than twice the update"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -1972,16 +1507,27 @@ def test_with_learning_rate_zero_the_ratio_is_exactly_one_and_the_kl_exactly_zer
     run = odd_run(tmp_path, odd_preference(), learning_rate=0.0, value=value, dtype=dtype, batch_size=12,
                   micro_batch_size=rlaif.Config().micro_batch_size, dense_reward=value == "preference")
     run.reference = copy.deepcopy(run.policy)
-    before = weights_of(run.policy, run.value)
+    before, shapes = weights_of(run.policy, run.value), []
+    run.policy.register_forward_pre_hook(lambda policy, args, given: shapes.append(
+        tuple(given["input_ids"].shape)), with_kwargs=True)
     for _ in range(3):
         r = rlaif.roll_out(run)
         metrics = rlaif.update(run, r)
+        read = [shape for shape in shapes if shape[0] != 12]  # not to generate
+        assert len(read) == 6 and len(set(read)) == 1, "rollout and update do not have equal shapes"
+        shapes.clear()
         assert (r.kl[r.mask] == 0).all(), "the policy is its own reference, yet there is a KL"
         assert metrics["ratio"] == 1 and metrics["approx_kl"] == 0, "old and new policy differ without a step"
         assert (r.logprobs[r.mask] < 0).all() and all(math.isfinite(x) for x in metrics.values())
         assert not [name for name, x in tensors_of(r).items() if x.dtype == torch.bfloat16], "too few digits"
     assert not recwarn.list and all_equal(before, weights_of(run.policy, run.value)), "a parameter moved"
     assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
+
+
+def preference_model(seed=0, kind=GPT2ForSequenceClassification, **special):
+    tokenizer = letters("ab cxyUsertin:\nAp", **special)
+    model = gpt2(len(tokenizer), seed, kind, context=64, num_labels=1)
+    return rlaif.PreferenceModel(model, tokenizer, "User: {prompt}\nA:")
 
 
 def test_in_bfloat16_scores_and_labels_keep_the_digits_that_float32_gives_their_heads():
@@ -2014,6 +1560,7 @@ def test_only_policy_and_value_function_change_and_no_dropout_is_on(tmp_path):
     run = toy_run(tmp_path, policy=gpt2().train(), value="separate")
     assert not any(module.training for model in (run.policy, run.value, run.reference)
                    for module in model.modules()), "dropout is on"
+    assert not any(x.requires_grad for x in run.reference.parameters()), "the reference would keep a graph"
 
 
 def test_a_value_function_starts_on_the_trunk_that_the_settings_name(tmp_path):
@@ -2078,12 +1625,12 @@ def test_a_score_that_cannot_be_read_token_by_token_is_refused_where_that_is_nee
 
 
 def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
-    run = toy_run(tmp_path, iterations=1)
+    run = toy_run(tmp_path, iterations=1, stop_kl=1e-9)
     rollout = rlaif.roll_out(run)
     with torch.no_grad():
         run.policy.lm_head.weight.mul_(1.01)
     with pytest.warns(UserWarning, match="iteration 1: the ratio is off 1"):
-        rlaif.update(run, rollout)
+        assert rlaif.update(run, rollout)["updates"] == 1, "the first minibatch of a batch takes its step"
 
 
 @pytest.mark.parametrize("control", ["fixed", "batch"])
@@ -2119,8 +1666,9 @@ def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_
     assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
-    with pytest.warns(UserWarning, match="max_new_tokens.*missing_eos_score"):  # a few end: not all is equal
-        toy_run(tmp_path, policy=with_head_bias(EOS, -2.0))
+    (tmp_path / "many.txt").write_text("ab\nc\n" * 8)
+    with pytest.warns(UserWarning, match="only [1-9].?%.*max_new_tokens.*missing_eos_score"):
+        toy_run(tmp_path, policy=with_head_bias(EOS, -1.0), prompts=str(tmp_path / "many.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         toy_run(tmp_path, policy=with_head_bias(EOS, 1.0))
@@ -2349,11 +1897,11 @@ def bench(tmp_path_factory):
         vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=32, is_decoder=True, initializer_range=0.5, pad_token_id=4)
     for name, model in {
-        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32), "wide": gpt2(5),
+        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32),
         "nan": spoilt(gpt2()), "preference": scorer(), "second": scorer(1),
         "two": scorer(outputs=2), "truncated": scorer(),
         "pickled": scorer(), "custom": gpt2(), "resized": gpt2(), "no tokenizer": gpt2(),
-        "bert": bert("ForSequenceClassification", num_labels=1), "encoder": bert("ForMaskedLM"),
+        "bert": bert("ForSequenceClassification", num_labels=1),
         "mamba": MambaForCausalLM(MambaConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1)),
         "roberta": transformers.RobertaForCausalLM(roberta),
     }.items():
@@ -2380,7 +1928,7 @@ def bench(tmp_path_factory):
     (folder / "not a run" / "config.json").write_text("{}")
     for name, data in {
         "p.txt": b"ab\nc\n", "p.jsonl": b'{"prompt": "ba"}\n{"prompt": "c", "other": 1}\n', "empty.txt": b"",
-        "blank.txt": b"ab\n \nc", "latin.txt": "a\n\u00e9".encode("latin-1"), "other.txt": "\u0436".encode(),
+        "blank.txt": b"ab\n \nc", "other.txt": "\u0436".encode(),
         "long.txt": b"ab\n" + b"a" * 14, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
         "two.txt": b"ab\ncd\n", "surrogate.jsonl": b'{"prompt": "\\ud800"}\n', "p.csv": b"prompt\nab\n",
         "said.jsonl": b'{"messages": [{"role": "assistant", "content": "b"}]}',
@@ -2416,10 +1964,10 @@ TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2,
              "--minibatch_size", 4, "--ppo_epochs", 1, "--eval_samples", 1, "--device", "cpu"]
 BENCH_FLAGS = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS]
 BAD_FLAGS = {  # flags -> words of which each must be in the sentence
-    ("--beta", "nan"): "beta", ("--temperature", 1e-38): "temperature",
+    ("--beta", "nan"): "beta",
     ("--beta", 0, "--beta_control", "batch"): "beta_control", ("--template", "{prompt} {"): "template",
     ("--prompts", "nowhere.txt"): "prompts nowhere.txt", ("--prompts", "empty.txt"): "empty.txt 1",
-    ("--prompts", "blank.txt"): "blank.txt 2", ("--prompts", "latin.txt"): "latin.txt UTF-8",
+    ("--prompts", "blank.txt"): "blank.txt 2",
     ("--prompts", "other.txt"): "other.txt 1 tokenizer", ("--prompts", "broken.jsonl"): "broken.jsonl 2",
     ("--prompts", "surrogate.jsonl"): "surrogate.jsonl 1", ("--prompts", "p.csv"): "p.csv",
     ("--prompts", "said.jsonl"): "said.jsonl 1 user", ("--prompts", "eos.txt"): "eos.txt 2 special",
@@ -2428,10 +1976,9 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
     ("--policy", "custom"): "policy custom", ("--policy", "no tokenizer"): "policy tokenizer",
     ("--policy", "narrow"): "policy 8 4", ("--policy", "nan"): "policy GPT2",
     ("--policy", "mamba"): "policy Mamba", ("--policy", "roberta"): "policy Roberta padding",
-    ("--policy", "encoder"): "policy Bert",
     ("--reference", "policy", "--policy", "long"): "reference context",
-    ("--reference", "wide"): "reference vocabulary",
     ("--preference", "policy"): "preference policy fill score", ("--preference", "two"): "preference 2 one",
+    ("--preference", "bert", "--dense_reward", "True"): "left right",
     ("--preference", "truncated"): "preference truncated", ("--preference", "pickled"): "preference pickled",
     ("--judge", "nan judge"): "judge finite", ("--judge", "odd judge"): "element 7",
     ("--judge", "policy"): "judge A B", ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
@@ -2462,31 +2009,6 @@ def test_a_flag_that_argparse_does_not_take_ends_with_its_own_line(flags, capsys
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["GPT-2", "Llama", "OPT"])
-def test_any_policy_with_any_preference_model_and_its_own_tokenizer(
-        architecture, tmp_path, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    policy = save_pair(tmp_path / "policy", ARCHITECTURES[architecture]().bfloat16(), letters())
-    model = scorer(vocabulary=6) if architecture == "GPT-2" else bert(
-        "ForSequenceClassification", vocab_size=6, num_labels=1)
-    if architecture == "Llama":
-        model = modern(Qwen2Config, Qwen2ForSequenceClassification, vocab_size=6, num_labels=1)
-    preference = save_pair(tmp_path / "preference", model, letters("xcbay", pad_token="x"))
-    flags = ["--policy", policy, "--preference", preference, "--prompts", "p.jsonl", *TOY_FLAGS]
-    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "c", "other": 1}\n')
-    code, out, err = run_main(capsys, *flags)
-    assert code == 0, err
-    assert "before" in out and "matplotlib" in out
-    run = tmp_path / "runs" / "seed-0"
-    assert {path.name for path in run.iterdir()} == {"policy", "config.json", "before.json", "metrics.jsonl",
-                                                     "samples.md", "checkpoint.pt"}
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    assert AutoModelForCausalLM.from_pretrained(run / "policy").dtype == torch.float32
-    code, _, err = run_main(capsys, *flags)
-    assert code == 2 and "--resume" in err, "a run may not be written over"
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, no_pictures):
     monkeypatch.chdir(bench)
     monkeypatch.setenv("COLUMNS", "80")
@@ -2495,7 +2017,9 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
                                "--template", "a{prompt}\\nb", "--pairs", 40, "--preference_epochs", 1,
                                "--beta", 0.5, "--out", out)
     assert code == 0, err
-    assert f"--resume {out}" in said and "both orders" in said and "ln 2" in said
+    assert f"--resume {out}" in said and "both orders" in said and "ln 2" in said and "matplotlib" in said
+    assert sorted(os.listdir(out)) == ["before.json", "checkpoint.pt", "config.json", "labels.pt",
+                                       "metrics.jsonl", "policy", "preference", "samples.md"]
     assert_no_line_wraps(said.replace(str(out), ""), err)
     for name, side in (("preference", "right"), ("policy", "left")):
         assert AutoTokenizer.from_pretrained(out / name).padding_side == side, f"{name}: the wrong side"
@@ -2505,7 +2029,7 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
     assert run.score.template == run.config.template == "a{prompt}\nb", "as a shell passes it"
     rows = run.score.tokenize(run.prompts, ["c", "b"], [True, False])
     assert rows == [[0, 0, 1, 1, 2, EOS], [0, 2, 1, 1]], "line ends are no letters here; the template is read"
-    assert all(row[:1] == [0] and row in kept["rows_a"] for row in kept["rows_a"][:1])
+    assert all(row[0] == 0 and 1 in row for row in kept["rows_a"] + kept["rows_b"]), "and in the fit"
     assert all_equal(weights_of(run.score.model), weights_of(model)), "another model scores"
     code, again, err = run_main(capsys, "--resume", out)
     assert code == 0, err
@@ -2522,7 +2046,7 @@ def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
     monkeypatch.chdir(bench)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("LINES", raising=False)
-    prompt = 30 * "abc" + "\U0001F600"
+    prompt = "\U0001F600" + 30 * "abc"
     (tmp_path / "long.txt").write_text(prompt + "\nc\n", encoding="utf-8")
     policy = save_pair(tmp_path / "policy", gpt2(context=256), letters())
     preference = save_pair(tmp_path / "preference", scorer(context=256), letters())
@@ -2627,6 +2151,8 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
         assert tokenizer.decode(row) == "<s>" + expected
         (row,) = rlaif.encode(tokenizer, ["hi"], template)
         assert tokenizer.decode(row) == "<s>User: hi\nAssistant:", "one BOS, never two"
+    without = chat_tokenizer(template=CHAT.replace("{{ bos_token }}", ""))
+    assert rlaif.encode(without, ["hi"])[0][0] != without.bos_token_id, "the template says whether"
 
 
 @pytest.mark.parametrize("where", ["prompt", "turn", "principle", "preference", "eos is pad"])
@@ -2733,7 +2259,7 @@ def test_a_chat_template_that_opens_a_thought_is_no_judges(tmp_path):
 
 def test_a_judge_near_chance_is_warned_of_and_the_shipped_one_is_not(tmp_path, bench, capsys):
     shipped = {"policy": str(HERE / "tiny_models/policy"), "judge": str(HERE / "tiny_models/judge")}
-    settings = {"pairs": 64, "preference_epochs": 2, "batch_size": 16, "device": "cpu"}
+    settings = {"pairs": 40, "preference_epochs": 1, "batch_size": 10, "device": "cpu"}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rlaif.prepare(rlaif.Config(**shipped, **settings))
@@ -2747,11 +2273,11 @@ def test_a_judge_near_chance_is_warned_of_and_the_shipped_one_is_not(tmp_path, b
 
 
 def answering(monkeypatch, prob_first, hold):
-    """A judge that says A with these probabilities, of (n, 2) questions in both orders."""
-    answers = iter(torch.tensor(prob_first).T)
+    """A judge that says A with these probabilities, (n, 2) in both orders; the second time they hold less."""
+    answers = iter(zip(torch.tensor(prob_first).T, (hold, hold - 0.1)))
 
     def ask(judge, tokenizer, questions, chunk=256):
-        p = next(answers)
+        p, hold = next(answers)
         return (torch.stack([p, 1 - p], dim=1) * hold).log()
     monkeypatch.setattr(rlaif, "ask_judge", ask)
 
@@ -2768,7 +2294,8 @@ def test_what_the_first_labels_say_of_a_judge(tmp_path, monkeypatch, recwarn, pr
     rlaif.judge_pairs(None, None, ["be kind"], ten, ten, ten, worth=worth)
     same = sum((a > 0.5) != (b > 0.5) for a, b in prob_first) / 10
     close([worth["same"], worth["first"], worth["hold"]],
-          [same, sum((a > 0.5) + (b > 0.5) for a, b in prob_first) / 20, hold], "another share", 1e-6)
+          [same, sum((a > 0.5) + (b > 0.5) for a, b in prob_first) / 20, hold - 0.05],
+          "another share", 1e-6)
     answering(monkeypatch, prob_first, hold)
     with contextlib.suppress(ValueError):  # so few pairs may teach nothing
         config = toy_config(tmp_path, pairs=10, preference_epochs=1)
@@ -2861,16 +2388,16 @@ def settings_of(bench, **more):
             "eval_samples": 1, **more}
 
 
-def killed_at(monkeypatch, module, name, call):
+def killed_at(monkeypatch, name, call):
     """Ctrl-C where the function is called for the so-many-th time."""
-    calls, function = [], getattr(module, name)
+    calls, function = [], getattr(rlaif, name)
 
     def called(*args, **more):
         calls.append(name)
         if len(calls) == call:
             raise KeyboardInterrupt
         return function(*args, **more)
-    monkeypatch.setattr(module, name, called)
+    monkeypatch.setattr(rlaif, name, called)
 
 
 def ends_of(folder):
@@ -2880,12 +2407,11 @@ def ends_of(folder):
 
 JUDGED_SO_FAR = ["config.json", "labels.pt"]
 CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
-    "while judging": (rlaif, "judge_pairs", 2, JUDGED_SO_FAR),
-    "in the fit": (rlaif, "preference_loss", 2, JUDGED_SO_FAR),
-    "before the first checkpoint": (rlaif, "record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
-    "between two checkpoints": (rlaif, "record", 4, None),
-    "before the last checkpoint": (torch, "save", 5, None),  # of labels there are two chunks
-    "after the last iteration": (None, None, None, None),
+    "while judging": ("judge_pairs", 2, JUDGED_SO_FAR),
+    "in the fit": ("preference_loss", 2, JUDGED_SO_FAR),
+    "before the first checkpoint": ("record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
+    "between two checkpoints": ("record", 4, None),
+    "after the last iteration": (None, None, None),
 }
 LATE = list(CUTS)[3:]
 MODES = [("judged", cut, {"value": "preference", "value_head": "zero"}) for cut in CUTS] + [
@@ -2915,10 +2441,10 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(
     if mode == "judged":
         settings["judge"] = str(bench / "judge")
     whole = uncut(mode, settings, device)
-    module, name, call, there = CUTS[cut]
+    name, call, there = CUTS[cut]
     with monkeypatch.context() as patch:
         if name:
-            killed_at(patch, module, name, call)
+            killed_at(patch, name, call)
         with pytest.raises(KeyboardInterrupt) if name else contextlib.nullcontext():
             list(rlaif.train(toy_config(tmp_path, **settings, out=str(tmp_path / "run"))))
     if there:
@@ -3138,19 +2664,6 @@ def test_a_tokenizer_of_whole_words_need_not_know_those_of_the_template(tmp_path
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     run = toy_run(tmp_path, tokenizer=tokenizer, template=None, missing_eos_score=math.inf)
     assert len(rlaif.roll_out(run, ["ab", "c"]).responses) == 2
-
-
-def test_a_saved_tokenizer_pads_on_its_models_side_and_the_callers_stays_as_it_was(tmp_path):
-    for before, after in (("right", "left"), ("left", "right")):
-        tokenizer = letters(pad_token="a", padding_side=before)
-        for folder in ("new", "again"):
-            rlaif.save_model(gpt2(), tokenizer, tmp_path / folder, after)
-            assert tokenizer.padding_side == before
-            tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
-            assert tokenizer.padding_side == after
-            mask = tokenizer(["ab", "c"], padding=True).attention_mask[1]
-            assert mask == ([0, 1] if after == "left" else [1, 0])
-            tokenizer.padding_side = before
 
 
 # The command line

@@ -25,8 +25,8 @@ MISTAKES = {  # the function: what stands in it, and what a beginner writes
     "policy_loss": ("torch.maximum", "torch.minimum"),
     "value_loss": ("/ mask.sum() / 2", "/ mask.sum()"),
     "preference_loss": ("difference = scores_a - scores_b", "difference = scores_b - scores_a"),
-    "judge_pairs": ("(prob_a + 1 - prob_first(responses_b, responses_a)) / 2",
-                    "(prob_a + prob_first(responses_b, responses_a)) / 2"),
+    "judge_pairs": ("(prob_a.mean(dim=1) + 1 - prob_b.mean(dim=1)) / 2",
+                    "(prob_a.mean(dim=1) + prob_b.mean(dim=1)) / 2"),
     "generate": ("(logits.float() / temperature).softmax", "logits.float().softmax"),
     "update_beta": ("beta * (1 + min", "beta * (1 - min"),
 }

@@ -47,10 +47,11 @@ def letters(words="abc", **special):
 def gpt2(vocabulary=4, seed=0, kind=GPT2LMHeadModel, context=16, **settings):
     """A GPT-2 of two layers with random weights, large enough that it prefers some responses by far."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=vocabulary, n_positions=context, n_embd=32, n_layer=2, n_head=2,
-                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=0.2,
-                        activation_function="gelu_pytorch_tanh", bos_token_id=None,
-                        eos_token_id=vocabulary - 1, **settings)
+    config = GPT2Config(**{
+        "vocab_size": vocabulary, "n_positions": context, "n_embd": 32, "n_layer": 2, "n_head": 2,
+        "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "initializer_range": 0.2,
+        "activation_function": "gelu_pytorch_tanh", "bos_token_id": None, "eos_token_id": vocabulary - 1,
+        **settings})
     return kind(config).eval()
 
 
@@ -129,13 +130,14 @@ def toy_run(folder, beta, seed, **settings):
     def score(prompts, responses):
         return [table[prompt][response] for prompt, response in zip(prompts, responses)]
     config = toy_config(folder, beta=beta, seed=seed, whiten_scores=False, missing_eos_score=math.inf,
-                        batch_size=256, minibatch_size=128, ppo_epochs=2, learning_rate=1e-3, **settings)
+                        **{"batch_size": 256, "minibatch_size": 128, "ppo_epochs": 2, "learning_rate": 1e-3,
+                           **settings})
     return rlaif.prepare(config, score, policy=gpt2(seed=seed), tokenizer=letters()), rewards
 
 
-def exact_run(folder, beta, seed, iterations=200):
+def exact_run(folder, beta, seed, iterations=200, **settings):
     """Train a policy on a random table of rewards -> ExactRun."""
-    run, rewards = toy_run(folder, beta, seed, iterations=iterations)
+    run, rewards = toy_run(folder, beta, seed, iterations=iterations, **settings)
 
     @torch.no_grad()
     def logprobs():

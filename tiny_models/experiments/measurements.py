@@ -6,7 +6,6 @@ price of KL, beta, and the labels of the preference model, and no other.
 
 import math
 import pathlib
-import statistics
 import tempfile
 from collections import Counter
 
