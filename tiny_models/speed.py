@@ -317,7 +317,7 @@ def memory():
     logits = {rows: pass_bytes * rows * 256 * 152e3 / 1e9 for rows in (64, AT_ONCE)}
     for billions in (0.5, 1.5, 7.0):
         full = billions * (4 + 4 + 8 + 4)  # weights, gradient, Adam's two moments, the reference's weights
-        adapter = billions * 4 * 1.04  # one base, and an adapter of a hundredth, with its gradient and moments
+        adapter = billions * 4 * 1.04  # one base; an adapter of a hundredth, its gradient and its moments
         ways = {"all at once": full + logits[64], "micro-batches": full + logits[AT_ONCE],
                 "an adapter": adapter + logits[AT_ONCE]}
         fits = [", ".join(way for way, size in ways.items() if size < limit) or "none" for limit in (24, 80)]
@@ -348,7 +348,7 @@ def peak_added(step):
 
 
 def added_memory(step, batch):
-    """What one step of a run with `batch` replies adds, in megabytes; the first call of it, in this process."""
+    """What one step of a run with `batch` replies adds, in megabytes, at its first call in this process."""
     torch.manual_seed(0)
     policy, tokenizer = wide_model(LlamaForCausalLM)
     scorer, _ = wide_model(LlamaForSequenceClassification, num_labels=1)
