@@ -827,13 +827,15 @@ def token_logprobs(logits, tokens, temperature=1.0):
     reference, so that all have the temperature of the sampling; dividing on one side only makes the ratio
     start away from 1. Proof: pytest -k token_logprobs
     """
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if temperature == 1 else logits / temperature  # a copy is the largest tensor of a run
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 def token_entropy(logits, temperature=1.0):
     """Entropy of the policy at each token, in nats: (B, T, V) -> (B, T)."""
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if temperature == 1 else logits / temperature
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)  # entr(p) = -p log p
 
 

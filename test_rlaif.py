@@ -54,17 +54,16 @@ import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
                    shape_rewards, token_logprobs, update_beta, value_loss, whiten)
 from tiny_models import world
-from tiny_models.exact import (ALL_MASK, ALL_TOKENS, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
+from tiny_models.exact import (ALL_MASK, EOS, PREFIXES, PROMPTS, SEQUENCES, STATES, TEXTS,
                                enumerate_logprobs, exact_run, expected_gradient, flat_gradient, gpt2, letters,
                                objective_gradient, optimum, toy_config)
 
 torch.set_num_threads(1)  # models this small gain nothing from more
-quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-phases = set(Phase) - {Phase.explain}  # a failure is shown at once, without a search for what else fails
-settings.register_profile("fixed", deadline=None, max_examples=50, derandomize=True, database=None,
-                          suppress_health_check=quiet, phases=phases)
-settings.register_profile("search", deadline=None, max_examples=int(os.environ.get("RLAIF_SEARCH", "0")) or 1,
-                          suppress_health_check=quiet)
+quiet = {"deadline": None, "suppress_health_check": [
+    HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]}
+settings.register_profile("fixed", max_examples=50, derandomize=True, database=None, **quiet,
+                          phases=set(Phase) - {Phase.explain})  # a failure is shown at once, without a search
+settings.register_profile("search", max_examples=int(os.environ.get("RLAIF_SEARCH", "0")) or 1, **quiet)
 settings.load_profile("search" if os.environ.get("RLAIF_SEARCH") else "fixed")
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -130,9 +129,7 @@ FLOAT32 = 1e-4  # the rounding of a model's pass; what random models say of two 
 @contextlib.contextmanager
 def nowhere():
     """The default device holds no data: a tensor that is not made where its inputs are cannot be used."""
-    pad = rlaif.pad
-
-    def pad_on_the_cpu(*args, **more):  # it makes its tensors anywhere, and moves them to the model
+    def pad_on_the_cpu(*args, pad=rlaif.pad, **more):  # it moves what it makes to the model
         with torch.device("cpu"):
             return pad(*args, **more)
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
@@ -186,7 +183,7 @@ def bpe(words, adds="$A", normalizer=None, **special):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=others, **special)
 
 
-POLICY_WORDS = ["<pad>", "a", "b", "c", "q", ":", " ", "!", "ab", "abc", " c", "<bos>", "<eos>"]
+POLICY_WORDS = ["<pad>", "!", "a", "b", "c", "q", ":", " ", "ab", "abc", " c", "<bos>", "<eos>"]
 SCORED_WORDS = ["<end>", "A", "B", "C", "Q", "!", ":", " ", "\n", "c", "b", "a", "q", "ba", "a ", "<start>"]
 
 
@@ -198,18 +195,18 @@ def uneven_world(folder=None, own_tokens=False, **settings):
                 preference model's has other ids, keeps case, and adds a BOS and an EOS, whose id is 0 (with
                 own_tokens it is the policy's, as `dense_reward` and value "preference" need).
     ends        A reply ends with the tokenizer's <eos> or, by the generation config, with "!", which is text.
-                No PAD is an EOS; the preference model's is "c", with which replies may end.
+                The preference model's PAD is "c", with which replies may end.
     models      Policy, reference and preference model differ in weights, width and context; none is tied.
-    data        Prompts are of different lengths, none is its template, and the held-out ones are others.
-    settings    None is a default, and none equals another that it could be taken for. The minibatch does not
-                divide the batch, nor save_every the iterations.
+    data        Prompts are of different lengths and unlike their template; the held-out ones are others.
+    settings    None is a default or equals another that it could be taken for; the minibatch does not divide
+                the batch, nor save_every the iterations.
 
     `prepare(**changes)`, which needs a folder, gives a Run with that reference and a price that has moved.
     """
     w = types.SimpleNamespace(prompts=["Ab", "c a", "bcab C"], held_out=["Ba", "aa c b"])
     lower = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("\n", "")])
     w.tokenizer = bpe(POLICY_WORDS, "<bos> $A", lower, eos_token="<eos>", pad_token="<pad>")
-    w.policy = gpt2(13, seed=1, context=48, tie_word_embeddings=False)
+    w.policy = gpt2(13, seed=14, context=48, tie_word_embeddings=False)
     w.policy.generation_config.eos_token_id = POLICY_WORDS.index("!")
     w.reference = gpt2(13, seed=2, context=64, n_embd=24, tie_word_embeddings=False)
     own = bpe(SCORED_WORDS, "<start> $A <end>", eos_token="<end>")
@@ -241,33 +238,9 @@ def uneven_world(folder=None, own_tokens=False, **settings):
 ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinxX"))
 
 
-def random_judge(seed=0, **special):
-    return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
-
-
-def save_pair(folder, model, tokenizer):
-    """Write an ordinary model folder -> its path."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def count_a(prompts, responses):
     """A score that a test can work out in its head."""
     return [float(response.count("a")) + 0.1 * len(response) for response in responses]
-
-
-def toy_train(folder, score=count_a, policy=None, **settings):
-    """Run `train` on the letter models -> (policy, list of metrics)."""
-    policy = policy or gpt2()
-    config = toy_config(folder, **settings)
-    return policy, list(rlaif.train(config, score=score, policy=policy, tokenizer=letters()))
-
-
-def same_but_for_timings(a, b):
-    def strip(metrics):
-        return [{name: value for name, value in m.items() if "second" not in name} for m in metrics]
-    return strip(a) == strip(b)
 
 
 # 1. AI feedback ---------------------------------------------------------------------------------------------
@@ -285,23 +258,21 @@ WORDS = [*ALPHABET, ": ", " A", "<bos>", "<eos>"]
     (lambda: gpt2(len(WORDS), context=64), ASKED, None),
     (lambda: opt(vocab_size=len(WORDS), max_position_embeddings=64), CHATTED, CHAT)])
 def test_a_judge_answers_at_the_first_token_in_which_its_answers_differ(make, cases, template):
-    judge, words, expected, held = make(), WORDS, [], []
+    judge, words, expected = make(), WORDS, []
     tokenizer = bpe(words, "<bos> $A <eos>", eos_token="<eos>", chat_template=template)
     for shared, a, b in cases.values():
         logits = judge(torch.tensor([[words.index(word) for word in ["<bos>", *shared]]])).logits[0, -1]
-        held.append(logits.softmax(0)[[words.index(a), words.index(b)]].sum().item())
         expected.append(logits[[words.index(a), words.index(b)]].softmax(0)[0].item())
     with nowhere():
         logprobs = rlaif.ask_judge(judge, tokenizer, [*cases] * 100)  # more than one pass takes
     answers = logprobs.softmax(dim=1)[:, 0]
     assert not answers.requires_grad, "the judge's graph is kept"
-    # Any two of these questions differ by 0.02 and more in their answers.
-    close(answers.view(100, 3), [expected] * 100, "not, in the order asked, the softmax over both answers "
-          "after what they share: BOS once, no EOS, padding unseen?", atol=1e-5)
-    close(logprobs.exp().sum(dim=1).view(100, 3), [held] * 100, "not the probability of both answers", atol=1e-5)
+    # Any two of these questions differ by 0.008 and more in their answers.
+    close(answers.view(100, 3), [expected] * 100, "not the softmax over both answers, after what they share: "
+          "BOS once, no EOS, padding unseen, in the order asked?", atol=1e-5)
     half = rlaif.ask_judge(judge.bfloat16(), tokenizer, [*cases]).softmax(dim=1)[:, 0]
-    # bfloat16 moves log-odds of 1 by some 0.01; with the softmax in it too, nothing is left to round.
-    close(half, expected, "a judge in half precision says something else", atol=0.05)
+    # bfloat16 moves these by up to 0.005; with the softmax in it too, nothing is left to round.
+    close(half, expected, "a judge in half precision says something else", atol=0.02)
     assert (half != half.bfloat16()).any(), "in half precision the softmax must be taken in float32"
     for tokens, question in ((letters([x for x in ALPHABET if x not in "AB"]), "ab"), (tokenizer, "a" * 65)):
         with pytest.raises(ValueError):  # it writes both answers alike; it cannot read so far
@@ -331,7 +302,7 @@ def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_an
         "each pair must be asked about once under each principle and in each order, without outer spaces")
     for ab, ba in zip(questions(a, b), questions(b, a)):
         expected.append(sum([answers[text] for text in ab] + [1 - answers[text] for text in ba]) / 6)
-    close(both, expected, "not the mean of the answers about its own pair, of those in the second order 1 - p", 1e-6)
+    close(both, expected, "not the mean of the answers about its own pair, 1 - p in the second order", 1e-6)
     close(both + labels(b, a), torch.ones(5), "p(a, b) + p(b, a) is not 1", atol=1e-6)
     once = [sum(answers[text] for text in ab) / 3 for ab in questions(a, b)]
     close(labels(a, b, both_orders=False), once, "one order is the first", atol=1e-6)
@@ -343,40 +314,44 @@ bce = torch.nn.functional.binary_cross_entropy_with_logits
 
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), unit), min_size=1, max_size=6),
-       st.floats(-10, 10), st.booleans(), devices)
-def test_preference_loss_is_bradley_terry_on_soft_labels(rows, shift, are_close, device):
+       st.booleans(), devices)
+def test_preference_loss_is_bradley_terry_on_soft_labels(rows, are_close, device):
+    """From which follow: it is never below the labels' entropy, a shift of both scores changes nothing, nor
+    does another order of the pair, with 1 - p."""
     a, b, p = torch.tensor(rows, dtype=torch.float64, device=device).T
     a, b = (x * (0.01 if are_close else 1.0) for x in (a, b))
     loss = preference_loss(a.requires_grad_(), b, p)
-    close(loss, bce(a - b, p), "not the mean cross-entropy of sigma(a - b) with p: is the difference upside "
-          "down, or log(sigmoid(x)) lost far from 0?", atol=1e-8)
+    close(loss, bce(a - b, p), "not the mean cross-entropy of sigma(a - b) with p: upside down, or lost far "
+          "from 0, where log(sigmoid(x)) is?", atol=1e-8)
     (grad,) = torch.autograd.grad(loss, a)
     close(grad, (torch.sigmoid(a - b) - p) / len(rows), "the gradient is sigma(a - b) - p", atol=1e-8)
-    entropy = torch.distributions.Bernoulli(p.cpu()).entropy().mean()
-    assert loss.item() >= entropy - 1e-9, "no score can bring the loss below the entropy of soft labels"
-    close(preference_loss(a + shift, b + shift, p), loss, "only the difference of the scores counts", 1e-8)
-    close(preference_loss(b, a, 1 - p), loss, "swapping the pair and its label changes nothing", 1e-8)
     for wide in ([0], [1], [2], [0, 1, 2]):  # a column, as transformers returns it, would be spread to (N, N)
         with pytest.raises(ValueError):
             preference_loss(*(x[:, None] if i in wide else x for i, x in enumerate((a, b, p))))
 
 
-def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands_beside_them():
+@pytest.mark.parametrize("kind", ["GPT2", "Bert", "ModernBertDecoder"])
+def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands_beside_them(kind):
     w = uneven_world()
-    model, prompts, responses = w.preference.model, w.prompts + ["A"], ["ab!", " c", "", "a c"]
-    ended, alone = [True, False, True, False], []
+    prompts, responses, ended = w.prompts + ["A"], ["ab!", " c", "", "a c"], [True, False, True, False]
+    if kind != "GPT2":  # no score head, but a pooling of their own; the last finds the end by its PAD
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=17, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=80, num_labels=1, initializer_range=0.5, pad_token_id=16)
+        w.preference.model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    model, alone = w.preference.model, []
     for prompt, response, end in zip(prompts, responses, ended):
         ids = w.preference.tokenizer(f"Q: {prompt}\nA:{response}", add_special_tokens=False).input_ids
         ids = [SCORED_WORDS.index("<start>"), *ids] + [SCORED_WORDS.index("<end>")] * end
         assert w.preference.tokenize([prompt], [response], [end]) == [ids], "template, BOS or EOS is wrong"
-        alone.append(model.score(model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]).item())
+        alone.append((model.score(model.transformer(torch.tensor([ids])).last_hidden_state[:, -1])
+                      if kind == "GPT2" else model(torch.tensor([ids])).logits).item())
     with nowhere():
         scores = w.preference(prompts * 80, responses * 80, ended * 80)  # more than one pass takes
-    # Any two of these four scores lie 0.02 and more apart.
+    # Any two of these four scores lie 0.01 and more apart.
     close(scores, alone * 80, "read at padding, before the end, or of another text", atol=1e-5)
-    rows = w.preference.tokenize(prompts, responses, ended)
-    assert w.preference.forward(rows).requires_grad, "`forward` is what the fit learns through"
-    assert not w.preference.scores(rows).requires_grad, "`scores` only measures"
+    assert w.preference.forward([ids]).requires_grad, "`forward` is what the fit learns through"
+    assert not w.preference.scores([ids]).requires_grad, "`scores` only measures"
     all_ended, none_ended = (w.preference(prompts, responses, [end] * 4) for end in (True, False))
     assert w.preference(prompts, responses) == all_ended != none_ended, "it ended unless said otherwise"
     w.preference.tokenizer = bpe(SCORED_WORDS, "<start> $A")
@@ -384,19 +359,6 @@ def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands
     for bad in ((["A"], ["c" * 80], [True]), (["A", "B"], ["a", "b"], [True]), (["A", "B"], ["a"], [True])):
         with pytest.raises(ValueError):  # too long, or not one of each
             w.preference(*bad)
-
-
-@pytest.mark.parametrize("name", ["Bert", "ModernBertDecoder"])  # the second finds the end by its PAD
-def test_a_classifier_without_a_score_head_scores_through_its_own_pooling(name):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=64, num_labels=1, initializer_range=0.5, pad_token_id=4)
-    model = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
-    preference = rlaif.PreferenceModel(model, letters(), "{prompt}")
-    rows = preference.tokenize(["a", "abc"], ["b", "caca"], [True, True])
-    alone = [model(torch.tensor([row])).logits.item() for row in rows]
-    close(preference(["a", "abc"], ["b", "caca"]), alone, "padding reaches the score", atol=1e-5)
 
 
 def test_a_text_keeps_the_bos_that_its_tokenizer_adds_loses_the_eos_and_may_fill_the_context():
@@ -464,7 +426,6 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     assert [len(rows) for rows in picked] == [16, 16, 8] * 3 and epochs[0] != epochs[1] and all(
         sorted(rows) == [*range(40)] for rows in epochs), "an epoch is all pairs but the last tenth, shuffled"
     close(rates, [2e-2 * (1 - i / 9) for i in range(9)], "the rate falls linearly to 0 over all steps")
-
     d = preference.scores(a) - preference.scores(b)
     # Over n or n - 1 is no matter: 0.6 %. Over the training pairs alone it would be off by STD %.
     close(preference.scores(a + b).std(), 1.0, "scores are not of std 1 over all texts", atol=0.01)
@@ -474,29 +435,17 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
             "entropy": torch.distributions.Bernoulli(p).entropy().mean(),
             "accuracy": ((d > 0) == (p > 0.5))[[40, 41, 43]].float().mean()}.items():
         close(report[name], expected, f"{name}: of other pairs or epochs, or after the scaling?", atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = rlaif.fit_preference(preference, a[:2], b[:2], p[-2:], epochs=1, learning_rate=0.1)
+        scores = preference.scores(a)
+    assert report["accuracy"] in (0.0, 1.0), "of two pairs one is held out"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores, preference.scores(a)), "autocast has kept weights from before a step"
+    with pytest.raises(ValueError):  # it cannot tell any text from another
+        rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
     defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
     assert [defaults[name].default for name in ("epochs", "learning_rate", "centering")] == [
         config.preference_epochs, config.preference_learning_rate, 0.01]
-
-
-def test_a_fit_needs_two_pairs_and_texts_that_it_can_tell_apart():
-    preference = rlaif.new_preference_model(gpt2(), letters(), "{prompt}")
-    a, b = (preference.tokenize(["c"] * 2, texts, [True, True]) for texts in (["a", "ab"], ["b", "ca"]))
-    report = rlaif.fit_preference(preference, a, b, torch.tensor([0.9, 0.1]), epochs=1)
-    assert math.isfinite(report["train_loss"]) and report["accuracy"] in (0.0, 1.0), "one of two is held out"
-    with pytest.raises(ValueError):
-        rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
-
-
-def test_a_fit_in_bfloat16_sees_the_steps_that_it_has_taken():
-    preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
-    rows, labels, seen = preference.tokenize(["c"] * 40, TEXTS, [True] * 40), torch.rand(40), []
-    with torch.autocast("cpu", torch.bfloat16):
-        rlaif.fit_preference(preference, rows, rows[::-1], labels, 2, minibatch_size=8, learning_rate=1e-2)
-        seen.append(preference.scores(rows))
-    with torch.autocast("cpu", torch.bfloat16):
-        seen.append(preference.scores(rows))
-    assert torch.equal(*seen), "scores of weights that autocast has kept a copy of, from before a step"
 
 
 def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch):
@@ -516,8 +465,7 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
         w.config, w.policy, w.tokenizer, "judge", "its tokenizer", ["a principle"], w.prompts)
     hook.remove()
     prompts, a, b = (report[name] for name in ("prompts", "responses_a", "responses_b"))
-    assert asked == list(zip(prompts, a, b)) and len(asked) == 302 and a != b, (
-        "the judge must be asked about the bare prompt and two replies of each pair, once, in order")
+    assert asked == list(zip(prompts, a, b)) and len(asked) == 302 and a != b, "asked about others"
     close(report["prob_a"], judged("judge", "its tokenizer", ["a principle"], prompts, a, b),
           "the labels do not belong to the pairs they were given for", atol=1e-6)
     assert sorted(map(prompts.count, w.prompts)) == [100, 101, 101], "each prompt is used as often as another"
@@ -529,12 +477,11 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
         assert report[f"rows_{side}"] == rows, "what is fitted is not what was judged, in its template"
         assert 0 < sum(end for *_, end in said) < 302, "some should have ended, others not"
     assert preference.template == w.config.template and preference.tokenizer is w.tokenizer
-    assert len(rates) == 6 * -(-272 // 64) and rates[0] == 4e-3, (
-        "preference_epochs or preference_learning_rate is not what was set")
+    assert len(rates) == 6 * 5 and rates[0] == 4e-3, "preference_epochs or its learning rate is another"
     scores = preference.scores(report["rows_a"] + report["rows_b"])
     agreement = torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], a + b))]))[0, 1]
     # 0.9 is reached; with the labels of a third of the pairs turned round it is AGREE.
-    assert agreement > 0.7, f"it does not prefer what the judge does: sign? (correlation {agreement:.2f})"
+    assert agreement > 0.8, f"it does not prefer what the judge does: sign? (correlation {agreement:.2f})"
 
 
 # 3. The policy with its value function ----------------------------------------------------------------------
@@ -553,8 +500,7 @@ def test_logits_and_values_have_read_the_prompt_and_the_tokens_before_their_own(
             logits, values = rlaif.response_logits(policy, *inputs, value.to(device))
         for b, t in mask.nonzero().tolist():
             prefix = torch.tensor([prompts[b] + replies[b][:t]], device=device)
-            close(logits[b, t], policy(prefix).logits[0, -1], "a logit is not of the prefix before it: position "
-                  "ids, the attention mask, or shifted by one?", FLOAT32)
+            close(logits[b, t], policy(prefix).logits[0, -1], "position ids, mask, or shifted?", FLOAT32)
             hidden = (value.trunk or policy.base_model)(prefix).last_hidden_state[0, -1]
             close(values[b, t], value.head(hidden)[0], "a value is not of its prefix or trunk", FLOAT32)
         policy.zero_grad(), values.sum().backward()
@@ -565,8 +511,7 @@ def test_logits_and_values_have_read_the_prompt_and_the_tokens_before_their_own(
 
 def test_a_value_starts_at_zero_and_is_float32_at_least():
     hidden, value = torch.randn(2, 3, 32), rlaif.ValueFunction(32, head="random")
-    assert (rlaif.ValueFunction(32)(hidden) == 0).all(), "a zero head values everything at 0"
-    assert (value(0 * hidden) == 0).all(), "a bias starts at 0"
+    assert (rlaif.ValueFunction(32)(hidden) == 0).all() and (value(0 * hidden) == 0).all(), "head, bias: 0"
     with torch.autocast("cpu", torch.bfloat16):
         values = value(hidden)
     assert torch.equal(values, value(hidden)), "the value head must not run in bfloat16"
@@ -586,9 +531,7 @@ def test_generate_greedily_gives_what_transformers_gives_and_what_no_cache_gives
     tokens, mask = generate(model, ids, attention, 8, EOS, 0, temperature=0)
     theirs = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, max_new_tokens=8,
                             eos_token_id=EOS, pad_token_id=0)[:, ids.shape[1]:]
-    assert torch.equal(tokens, theirs), (
-        "greedy generation differs from transformers' own: the attention mask must grow with the tokens, "
-        "and positions are counted over real tokens only")
+    assert torch.equal(tokens, theirs), "the mask must grow with the tokens, positions count real tokens only"
     for text, row, real in zip(rows, tokens.tolist(), mask.tolist()):
         for token in row[:sum(real)]:
             likeliest = model(torch.tensor([text])).logits[0, -1].argmax()
@@ -610,7 +553,7 @@ def test_generate_samples_from_the_policy_at_its_temperature_and_nothing_else():
         found[tuple(row[:length])] += 1
     counts = torch.tensor(list(found.values()), dtype=torch.float64)
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    # 39 on average, 80 once in 10,000 times, and 80 on average where the temperature is off by CHI %.
+    # 39 on average, 80 once in 10,000 times, and 80 on average where the temperature is off by 8 %.
     assert chi_square < 80, f"chi-square {chi_square:.0f} with 39 degrees of freedom: temperature forgotten?"
 
 
@@ -652,15 +595,14 @@ def test_generate_masks_a_response_up_to_and_with_its_eos_whatever_pad_is(eos, p
 
 def test_respond_reads_the_template_ends_at_any_eos_and_gives_the_text_of_its_own_tokens():
     w, eos = uneven_world(), [POLICY_WORDS.index(word) for word in ("!", "<eos>")]
-    read = [["q", ":", " ", "ab", "a", ":"], ["q", ":", " c", " ", "a", "a", ":"],
-            ["q", ":", " ", "b", "c", "ab", " c", "a", ":"]]
+    read = ["q|:| |ab|a|:", "q|:| c| |a|a|:", "q|:| |b|c|ab| c|a|:"]  # the template's \n is dropped
     torch.manual_seed(0)
     with nowhere():
         r = rlaif.respond(w.policy, w.tokenizer, w.prompts * 16, w.config)
     assert r.prompts == w.prompts * 16 and r.may_end
     for ids, real, words in zip(r.input_ids, r.attention_mask, read * 16):
         own = [POLICY_WORDS[i] for i in ids[-sum(real):]]
-        assert own == ["<bos>", *words] and (real.diff() >= 0).all(), (
+        assert own == ["<bos>", *words.split("|")] and (real.diff() >= 0).all(), (
             "the policy must read each prompt in its template, with its BOS, padded on the left")
     torch.manual_seed(0)
     tokens, mask = generate(w.policy, r.input_ids, r.attention_mask, 6, eos, 0, 0.8)
@@ -671,20 +613,11 @@ def test_respond_reads_the_template_ends_at_any_eos_and_gives_the_text_of_its_ow
     texts = ["".join(POLICY_WORDS[i] for i in row if POLICY_WORDS[i][0] != "<") for row in own]
     assert r.responses == texts, "a text is that of its own tokens: no prompt, no padding, nothing special"
     assert {row[-1] for row in own} > {*eos}, "the example should hold both EOS, and replies without"
-
-
-def test_respond_ends_nowhere_without_an_eos_and_at_an_ordinary_token_where_the_policy_says_so():
-    policy, tokenizer, config = gpt2(), letters(), rlaif.Config(template="{prompt}", max_new_tokens=6)
-    tokenizer.eos_token = None
-    for ends in ([], [1]):  # the letter b, which therefore is PAD too
-        policy.generation_config.eos_token_id = ends or None
-        torch.manual_seed(0)
-        r = rlaif.respond(policy, tokenizer, ["ab", "c"] * 16, config)
-        assert r.may_end == r.ended.any() == bool(ends) != r.mask.all()
-        for row, real, text, end in zip(r.tokens, r.mask, r.responses, r.ended.tolist()):
-            *before, last = row[real].tolist()
-            assert not {*ends} & {*before} and end == (last in ends), "the mask must end with the first b"
-            assert text == "".join("abc"[i] for i in (*before, last) if i < 3), "padding was decoded"
+    w.tokenizer.eos_token = None
+    for ends in (None, eos[:1]):  # none at all, or one, which is ordinary text, from a list
+        w.policy.generation_config.eos_token_id = ends
+        r = rlaif.respond(w.policy, w.tokenizer, w.prompts * 16, w.config)
+        assert r.may_end == r.ended.any() == bool(ends) != r.mask.all(), "it must end there, or nowhere"
 
 
 def test_respond_cuts_a_response_from_the_whole_text_with_its_own_spaces():
@@ -764,12 +697,6 @@ def one_token(loss, *numbers):
     return found[0] if isinstance(found, tuple) else found
 
 
-def ten_updates(kl, beta=0.15):
-    for _ in range(10):
-        beta = update_beta(beta, kl, 6.0, 10_000, 512)
-    return beta
-
-
 R, V, M = f64([0, 0, 1]), f64([0.2, 0.5, 0.7]), torch.tensor([[True] * 3])
 RATIOS = [math.log(ratio) for ratio in (0.5, 0.8, 1, 1.2, 1.5)]
 BY_HAND = {  # worked out on paper or published; what is left out is at its default
@@ -777,8 +704,8 @@ BY_HAND = {  # worked out on paper or published; what is left out is at its defa
         (lambda: token_logprobs(f64([1e3, 0, -1e3]).expand(1, 3, 3), torch.arange(3)[None]), [0, -1e3, -2e3]),
     "kl_estimate": (lambda: [kl_estimate(f64(math.log(2)), f64(0), *kind) for kind in ([], ["k2"], ["k3"])],
                     [0.693147, 0.240227, 0.193147]),
-    "update_beta": (lambda: [ten_updates(kl) for kl in (7.2, 6.6, 6, 4.8, 99, 0)],
-                    [0.166087, 0.157859, 0.15, 0.135329, 0.166087, 0.135329]),
+    "update_beta": (lambda: [update_beta(0.15, kl, 6.0, 10_000, 512) for kl in (7.2, 6.6, 6.0, 99, 0)],
+                    [0.151536, 0.150768, 0.15, 0.151536, 0.148464]),
     "dense_scores": (lambda: dense_scores(f64([2, 5, 4]), M), [2, 3, -1]),
     "gae": (lambda: torch.cat([gae(R, V, M, *more)[0] for more in ((), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0))]),
             [0.76075, 0.485, 0.3, 0.3, 0.2, 0.3, 0.475, 0.35, 0.3, 0.8, 0.5, 0.3]),
@@ -786,7 +713,10 @@ BY_HAND = {  # worked out on paper or published; what is left out is at its defa
                [-1.161895, -0.774597, -0.387298, 0, 0.387298, 1.936492]),
     "policy_loss": (lambda: [one_token(policy_loss, d, 0, sign) for sign in (1, -1) for d in RATIOS],
                     [-0.5, -0.8, -1, -1.2, -1.2, 0.8, 0.8, 1, 1.2, 1.5]),  # clip 0.2
-    "value_loss": (lambda: [one_token(value_loss, value, 0, 1) for value in (0.5, 0.1, -1)], [0.32, 0.405, 2]),
+    "value_loss": (lambda: [one_token(value_loss, new, 0, 1) for new in (0.5, 0.1, -1)], [0.32, 0.405, 2]),
+    "the optimum (reward, KL, J) where one response in ten succeeds": (lambda: [
+        [*vars(optimum(f64([0.9, 0.1]).log(), f64([0, 1]), beta)).values()] for beta in (0.1, 0.5)],
+                    [0.999592, 2.298092, 0.769782, 0.450853, 0.407677, 0.247014]),
     "preference_loss": (lambda: preference_loss(f64(1, 0), f64(0, 2), f64(1, 0.5)), [0.720095]),
 }
 
@@ -822,8 +752,7 @@ def test_token_logprobs_and_token_entropy_are_those_of_the_categorical_that_was_
     tokens, half = torch.randint(V, (B, T), generator=random).to(device), logits.bfloat16()
     for given, sampled in (((temperature,), logits / temperature), ((), logits)):
         expected = torch.distributions.Categorical(logits=sampled)
-        close(token_logprobs(logits, tokens, *given), expected.log_prob(tokens), "not log softmax(logits / "
-              "temperature) at the tokens: temperature forgotten, or not normalised?")
+        close(token_logprobs(logits, tokens, *given), expected.log_prob(tokens), "temperature forgotten?")
         close(rlaif.token_entropy(logits, *given), expected.entropy(), "not the entropy at this temperature")
         for function, what in ((token_logprobs, (tokens, *given)), (rlaif.token_entropy, given)):
             assert function(half, *what).dtype == torch.float32, "half precision must be upcast to float32"
@@ -832,7 +761,7 @@ def test_token_logprobs_and_token_entropy_are_those_of_the_categorical_that_was_
 
 @given(seeds, st.integers(2, 8))
 def test_kl_estimate_k1_and_k3_have_the_kl_as_their_mean_and_k2_has_its_gradient(seed, V):
-    """Of all V^2 responses of two tokens: the tokens' estimates sum to the KL of whole responses."""
+    """Over all V^2 responses of two tokens, of which the KL is the sum of that of their tokens."""
     logits = torch.randn(2, V + 1, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     logprobs, ref = logits.requires_grad_().log_softmax(-1)
     each, each_ref = (torch.stack([x[:1].T.expand(V, V), x[1:]], -1) for x in (logprobs, ref))  # (V, V, 2)
@@ -840,24 +769,17 @@ def test_kl_estimate_k1_and_k3_have_the_kl_as_their_mean_and_k2_has_its_gradient
 
     def gradient(x):
         return torch.autograd.grad(x.sum(), logits, retain_graph=True)[0][0]
-    for kind in ("k1", "k3"):
-        mean = (prob * kl_estimate(each, each_ref, kind).sum(-1)).sum()
-        close(mean, kl, f"E[{kind}] is not KL(pi || ref): is the ratio upside down?")
-    k1, first, first_ref = kl_estimate(each, each_ref).sum(-1), logprobs[0], ref[0]
-    close(gradient(prob.detach() * k1), torch.zeros(V + 1, V), "E[grad k1] is not 0")
+    d, first, first_ref = each - each_ref, logprobs[0], ref[0]
+    k1, k2, k3 = (kl_estimate(each, each_ref, kind) for kind in ("k1", "k2", "k3"))
+    for name, mean in (("k1", (prob * k1.sum(-1)).sum()), ("k3", (prob * k3.sum(-1)).sum())):
+        close(mean, kl, f"E[{name}] is not KL(pi || ref): is the ratio upside down?")
+    assert (k3 >= 0).all(), "k3 is never negative"
+    close(torch.stack([k1, k2, k3]), torch.stack([d, d**2 / 2, (-d).exp() - 1 + d]), "not the formula")
+    close(gradient(prob.detach() * k1.sum(-1)), torch.zeros(V + 1, V), "E[grad k1] is not 0")
     close(gradient(first.exp().detach() * kl_estimate(first, first_ref, "k2")),  # for each token alone
           gradient(first.exp() * (first - first_ref)), "E[grad k2] is not grad KL")
-
-
-@given(st.floats(-5, 5))
-def test_kl_estimate_k3_is_never_negative_and_k2_is_its_second_order(d):
-    d, zero = torch.tensor(d, dtype=torch.float64), torch.zeros(())
-    k1, k2, k3 = (kl_estimate(d, zero, kind) for kind in ("k1", "k2", "k3"))
-    close(torch.stack([k1, k2, k3]), torch.stack([d, d * d / 2, torch.exp(-d) - 1 + d]),
-          "k1 is d = log pi - log ref, k2 d^2 / 2, k3 exp(-d) - 1 + d: is the ratio upside down?")
-    assert k3 >= 0 and (k3 > 0 or abs(d) < 1e-7), "k3 is positive, and zero only where the policies agree"
     with pytest.raises(ValueError, match="k4"):
-        kl_estimate(d, zero, "k4")
+        kl_estimate(first, first_ref, "k4")
 
 
 @given(st.floats(0.01, 5), st.floats(0, 50), st.floats(0.5, 20), st.integers(1, 4000), unit)
@@ -880,31 +802,29 @@ def test_masked_mean_is_the_mean_of_the_real_entries(batch):
     mean = masked_mean(x, batch.mask)
     mean.backward()
     close(mean, statistics.fmean(x[b, t].item() for b, t in batch.real), "padding counts, or rows come first")
-    close(x.grad, batch.table(lambda b, t: 1 / batch.n), "a real entry counts 1 / n, and padding has no gradient")
+    close(x.grad, batch.table(lambda b, t: 1 / batch.n), "a real entry counts 1 / n, padding nothing")
 
 
 @given(batches(shortest=1), st.floats(0, 3))
 def test_shape_rewards_puts_the_score_on_the_last_token_and_the_price_of_kl_where_the_level_says(batch, beta):
     scores, kl = batch.draw(batch.B), batch.draw()
-    own = [kl[b, :n].sum().item() for b, n in enumerate(batch.lengths)]
-    paid = {"token": lambda b, t, last: kl[b, t].item(), "sequence": lambda b, t, last: last * own[b],
-            "batch": lambda b, t, last: last * statistics.fmean(own)}
-    for level, price in paid.items():
-        def reward(b, t):
-            last = t == batch.lengths[b] - 1
-            return last * scores[b].item() - beta * price(b, t, last)
+    last = batch.table(lambda b, t: t == batch.lengths[b] - 1)
+    own = f64(*([kl[b, :n].sum().item()] for b, n in enumerate(batch.lengths)))  # (B, 1)
+    price = {"token": batch.table(lambda b, t: kl[b, t]), "sequence": last * own, "batch": last * own.mean()}
+    for level in price:
         with nowhere():
             found = shape_rewards(scores, kl, batch.mask, beta, level)
-        close(found, batch.table(reward), f"{level}: the score belongs on the last real token, the EOS itself, "
-              "-beta * KL on each token or, of a response or the batch, on the last: sign, or padding?")
-        close(found.sum(), scores.sum() - beta * sum(own), f"{level}: all get score - beta * KL together")
-    close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * f64(*own),
+        expected = last * scores.cpu()[:, None] - beta * price[level]
+        close(found, expected, f"{level}: the score belongs on the last real token, the EOS, and -beta * KL "
+              "on each or, of a response or the batch, on the last: sign, or padding?")
+        close(found.sum(), scores.sum() - beta * own.sum(), f"{level}: all get score - beta * KL together")
+    close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * own[:, 0],
           "by default each token pays, and a response gets score - beta * KL")
 
 
 def test_shape_rewards_refuses_a_column_of_scores_an_empty_row_and_an_unknown_level():
     full, empty = f64([1, 1], [1, 1]).bool(), f64([1, 1], [0, 0]).bool()
-    for shape, mask in (((2, 1), full), ((1,), full), ((3,), full), ((), full), ((1, 1), full[:1]), ((2,), empty)):
+    for shape, mask in (([2, 1], full), ([1], full), ([], full), ([1, 1], full[:1]), ([2], empty)):
         with pytest.raises(ValueError):
             shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1)
     with pytest.raises(ValueError, match="word"):
@@ -916,8 +836,8 @@ def test_dense_scores_telescope_to_the_score_of_every_prefix(batch):
     prefix_scores = batch.draw()
     with nowhere():
         spread = dense_scores(prefix_scores, batch.mask)
-    close(torch.where(batch.mask, spread.cumsum(dim=1), spread), batch.table(lambda b, t: prefix_scores[b, t]),
-          "the first t increments must sum to the score of that prefix; padding has none")
+    summed = torch.where(batch.mask, spread.cumsum(dim=1), spread)
+    close(summed, batch.table(lambda b, t: prefix_scores[b, t]), "the first t do not sum to a prefix's score")
 
 
 # 8. Advantages ----------------------------------------------------------------------------------------------
@@ -937,28 +857,25 @@ def test_gae_is_the_discounted_sum_of_temporal_differences_or_with_lambda_one_of
 
     def discounted(of, rate):
         return batch.table(lambda b, t: sum(rate ** (k - t) * of(b, k) for k in range(t, batch.lengths[b])))
-    ends = [(b, n - 1) for b, n in enumerate(batch.lengths) if n]
-    close(f64(*(advantages[end] for end in ends)), [delta(*end) for end in ends],
-          "A of the last token is not r - V: is a value read in the padding, or padding multiplied by 0?")
-    close(advantages, discounted(delta, gamma * lam), "A is not the sum of (gamma lam)^k delta_{t+k}")
+    close(advantages, discounted(delta, gamma * lam), "A is not the sum of (gamma lam)^k delta_{t+k}: is a "
+          "value read past the last token, or padding multiplied by 0?")
     close(returns, advantages + batch.table(lambda b, t: values[b, t]), "returns are not A + V")
-    close(gae(rewards, values, batch.mask, gamma, 1.0)[1], discounted(lambda b, t: rewards[b, t].item(), gamma),
-          "with lambda 1 A + V is not the discounted return: is a value taken from past the last token?")
+    _, returns = gae(rewards, values, batch.mask, gamma, 1.0)
+    expected = discounted(lambda b, t: rewards[b, t].item(), gamma)
+    close(returns, expected, "with lambda 1 A + V is not the discounted return")
 
 
 @given(batches(), st.sampled_from([1e-4, 1.0, 1e3]), st.floats(-5, 5))
 def test_whiten_gives_mean_zero_and_variance_one_up_to_epsilon(batch, scale, shift):
     """From which follows: scale and shift are forgotten, and a constant or a single entry becomes 0."""
-    drawn, constant = batch.draw(scale=scale) + shift, batch.draw(scale=0.0) + shift
-    for x in (drawn, constant):
+    for x in (batch.draw(scale=scale) + shift, batch.draw(scale=0.0) + shift):
         real = [x[b, t].item() for b, t in batch.real]
         mean, std = statistics.fmean(real), math.sqrt(statistics.pvariance(real) + 1e-8)
         with nowhere():
             white, alone = whiten(x, batch.mask), whiten(x[batch.mask])
-        close(white[batch.mask].mean(), 0.0, "mean is not 0: is padding in it, or multiplied by 0, or each row "
-              "whitened alone?", atol=1e-7)
-        close(white, batch.table(lambda b, t: (x[b, t].item() - mean) / std), "not (x - mean) / sqrt(v + 1e-8), "
-              "v the biased variance of the real entries, with 0 outside", atol=1e-7)
+        close(white[batch.mask].mean(), 0.0, "the mean is not 0: is padding in it, or multiplied by 0?", 1e-7)
+        expected = batch.table(lambda b, t: (x[b, t].item() - mean) / std)
+        close(white, expected, "not (x - mean) / sqrt(biased variance + 1e-8), and 0 outside", atol=1e-7)
         close(alone, white[batch.mask], "without a mask all entries are real", atol=1e-7)
 
 
@@ -973,8 +890,7 @@ def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_r
     with nowhere():
         loss, fraction = policy_loss(logprobs, old, advantages, batch.mask, clip)
     loss.backward()
-    assert old.grad is None and advantages.grad is None, (
-        "what the rollout measured must be detached: else the policy loss trains the values")
+    assert old.grad is None and advantages.grad is None, "what the rollout measured must be detached"
     plain, clipped, cut, gradient = 0.0, 0.0, 0, torch.zeros(batch.mask.shape, dtype=torch.float64)
     for b, t in batch.real:
         rho, A = (logprobs - old).exp()[b, t].item(), advantages[b, t].item()
@@ -982,11 +898,10 @@ def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_r
         bound = 1 + clip if A > 0 else 1 - clip
         plain, clipped, cut = plain - A * rho, clipped - A * (bound if out else rho), cut + out
         gradient[b, t] = 0.0 if out else -A * rho / batch.n
-    close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, min "
-          "for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
+    close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, "
+          "min for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
     close(logprobs.grad, gradient, "the gradient is -A rho / n, and 0 beyond the clip on the side that gains")
     close(fraction, cut / batch.n, "it counts the tokens whose clipped side is the larger", atol=1e-6)
-    assert clipped >= plain - 1e-12, "the clipped loss is never below the unclipped one"
     unclipped, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
     close(unclipped, plain / batch.n, "clip=inf is the plain surrogate")
     assert none_cut == 0, "clip=inf clips nothing"
@@ -1006,8 +921,8 @@ def test_value_loss_is_half_the_larger_of_the_clipped_and_the_plain_squared_erro
         error, near = (v - r) ** 2 / 2, (min(max(v, o - clip), o + clip) - r) ** 2 / 2
         plain, larger = plain + error, larger + max(error, near)
         gradient[b, t] = (v - r) / batch.n if error >= near else 0.0
-    close(loss, larger / batch.n, "not half the mean of the larger squared error over the real tokens: min for "
-          "max, the half forgotten, clipped around something else, or padding multiplied by 0?")
+    close(loss, larger / batch.n, "not half the mean of the larger squared error over the real tokens: min "
+          "for max, the half forgotten, clipped around something else, or padding multiplied by 0?")
     close(values.grad, gradient, "the gradient is (V - R) / n where the plain error is the larger, else 0")
     for off in (None, math.inf):
         close(value_loss(values, old, returns, batch.mask, off), plain / batch.n, "clip off: the plain error")
@@ -1022,14 +937,13 @@ BETA = 0.7
 def small_world():
     """A policy in float64, one prompt, and (40,) and (40, 3) tensors that belong to its 40 responses."""
     policy, reference, prompt_ids = gpt2(seed=4).double(), gpt2(seed=1).double(), PROMPTS["ab"]
-    random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         logprobs, ref_logprobs = (enumerate_logprobs(model, prompt_ids) for model in (policy, reference))
-    scores = torch.randn(40, generator=random, dtype=torch.float64)
-    values = torch.randn(len(STATES), generator=random, dtype=torch.float64)[PREFIXES]  # any, but one a state
+    torch.manual_seed(0)
+    scores, values = (torch.randn(n, dtype=torch.float64) for n in (40, len(STATES)))  # any, but one a state
     prob = logprobs.sum(dim=1).exp()
     std = (prob @ (scores - prob @ scores) ** 2).sqrt()
-    model = policy, prompt_ids, ref_logprobs
+    model, values = (policy, prompt_ids, ref_logprobs), values[PREFIXES]
     return types.SimpleNamespace(model=model, kl=logprobs - ref_logprobs, prob=prob, scores=scores, std=std,
                                  values=values, exact=objective_gradient(*model, scores, BETA))
 
@@ -1076,26 +990,50 @@ def test_below_lambda_one_the_values_lend_their_errors_and_true_values_lend_none
         assert (wrong - w.exact).norm() > 0.1 * w.exact.norm(), f"lambda {lam}: wrong values must show"
 
 
-def test_the_optimum_is_the_reference_tilted_by_the_reward():
-    """One response in ten succeeds under the reference: published numbers."""
-    for beta, *expected in ((0.1, 0.99959, 2.29809, 0.76978), (0.5, 0.45085, 0.40768, 0.24701),
-                            (1.0, 0.23197, 0.07340, 0.15857), (2.0, 0.15483, 0.01456, 0.12571)):
-        best = optimum(f64([0.9, 0.1]).log(), f64([0.0, 1.0]), beta)
-        close([best.reward, best.kl, best.objective], expected, f"beta {beta}: reward, KL, J", atol=6e-6)
-        close(best.objective, beta * math.log(0.9 + 0.1 * math.exp(1 / beta)), "J* is beta log E exp(r / beta)")
+# The exact optimum ------------------------------------------------------------------------------------------
+
+LONG_ENOUGH = {"iterations": 125, "minibatch_size": 128, "ppo_epochs": 1, "learning_rate": 1.5e-3,
+               "whiten_advantages": False, "value_clip": math.inf, "lam": 0.95}
 
 
-EXACT = {1.0: 0.9, 2.0: 0.9}
-
-
-@pytest.mark.parametrize("beta", EXACT)
+# At 1.2 seeds 0 to 9 close .996 .991 .984 .989 .988 .982 .973 .984 .993 .985 of the gap, with a std of .006, at
+# 2.0 .996 .986 .981 .979 .990 .973 .981 .975 .991 .990, of .008; a wrong sign of KL at most .29, beta taken
+# twice .88, a temperature forgotten in scoring .956, and on seed 0 .947.
+@pytest.mark.parametrize("beta", [1.2, 2.0])
 def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(tmp_path, beta):
-    pytest.skip("to come")
+    """The whole loop against a number, J* = beta log E_ref exp(r / beta)."""
+    run = exact_run(tmp_path, beta, seed=0, **LONG_ENOUGH)
+    assert run.end.objective <= run.best.objective + 1e-5, "no policy can pass the optimum: is the sum wrong?"
+    assert run.gap_closed >= 0.97, f"only {run.gap_closed:.1%} of the gap to the optimum is closed"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 10. The loop
 # ------------------------------------------------------------------------------------------------------------
+
+
+def random_judge(seed=0, **special):
+    return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
+
+
+def save_pair(folder, model, tokenizer):
+    """Write an ordinary model folder -> its path."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def toy_train(folder, score=count_a, policy=None, **settings):
+    """Run `train` on the letter models -> (policy, list of metrics)."""
+    policy = policy or gpt2()
+    config = toy_config(folder, **settings)
+    return policy, list(rlaif.train(config, score=score, policy=policy, tokenizer=letters()))
+
+
+def same_but_for_timings(a, b):
+    def strip(metrics):
+        return [{name: value for name, value in m.items() if "second" not in name} for m in metrics]
+    return strip(a) == strip(b)
 
 PIECES = ["a", "b", "c", "ab", "ca", " ", "q", ":", ".", "<eos>"]
 DOT, ODD_EOS = 8, 9
