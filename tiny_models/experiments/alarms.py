@@ -58,8 +58,8 @@ def alarms():
 
     An alarm rings at the first look at which it is louder than it ever was in 24 runs that do not cheat: 18
     at a price, and 6 that drift without one, trained on the truth itself. Decides, at β 0: gold where it
-    rings, less gold at the end; the alarm is the one that gains most in the other five runs. There gold falls,
-    so any stop gains; second_look.py has other rules. Beside it, how long before gold turns down each
+    rings, less gold at the end; the alarm is the one that gains most in the other five runs. Gold falls
+    there, so any stop gains; second_look.py has other rules. Beside it, how long before gold turns down each
     rings, also where the judge has a flaw.
     """
     sound = {"preference": all_answers, **FREE}
