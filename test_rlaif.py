@@ -258,18 +258,21 @@ WORDS = [*ALPHABET, ": ", " A", "<bos>", "<eos>"]
     (lambda: gpt2(len(WORDS), context=64), ASKED, None),
     (lambda: opt(vocab_size=len(WORDS), max_position_embeddings=64), CHATTED, CHAT)])
 def test_a_judge_answers_at_the_first_token_in_which_its_answers_differ(make, cases, template):
-    judge, words, expected = make(), WORDS, []
+    judge, words, expected, held = make(), WORDS, [], []
     tokenizer = bpe(words, "<bos> $A <eos>", eos_token="<eos>", chat_template=template)
     for shared, a, b in cases.values():
         logits = judge(torch.tensor([[words.index(word) for word in ["<bos>", *shared]]])).logits[0, -1]
+        held.append(logits.softmax(0)[[words.index(a), words.index(b)]].sum().item())
         expected.append(logits[[words.index(a), words.index(b)]].softmax(0)[0].item())
     with nowhere():
         logprobs = rlaif.ask_judge(judge, tokenizer, [*cases] * 100)  # more than one pass takes
     answers = logprobs.softmax(dim=1)[:, 0]
     assert not answers.requires_grad, "the judge's graph is kept"
+    assert not judge.get_output_embeddings()._forward_hooks, "a hook is left on the judge"
     # Any two of these questions differ by 0.008 and more in their answers.
     close(answers.view(100, 3), [expected] * 100, "not the softmax over both answers, after what they share: "
           "BOS once, no EOS, padding unseen, in the order asked?", atol=1e-5)
+    close(logprobs.exp().sum(dim=1).view(100, 3), [held] * 100, "not the probability of both", atol=1e-5)
     half = rlaif.ask_judge(judge.bfloat16(), tokenizer, [*cases]).softmax(dim=1)[:, 0]
     # bfloat16 moves these by up to 0.005; with the softmax in it too, nothing is left to round.
     close(half, expected, "a judge in half precision says something else", atol=0.02)
@@ -396,7 +399,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     b = b[5:] + b[:5]
     index = {tuple(row): i for rows in (a, b) for i, row in enumerate(rows)}  # all rows are different
     torch.manual_seed(0)
-    p = torch.cat([torch.rand(40), torch.tensor([0.02, 0.97, 0.6, 0.9])])
+    p = torch.cat([torch.rand(40), torch.tensor([0.02, 0.97, 0.75, 0.9])])
     model, forward, read, steps, heads = preference.model, preference.forward, [], [], []
 
     def noted(rows):
@@ -448,13 +451,15 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
         config.preference_epochs, config.preference_learning_rate, 0.01]
 
 
-def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch):
-    w = uneven_world(pairs=302, preference_epochs=6)
+def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch, capsys):
+    w = uneven_world(pairs=302, preference_epochs=6, micro_batch_size=5)
     drawn, asked, rates, respond = [], [], [], rlaif.respond
 
     def judged(judge, tokenizer, constitution, prompts, a, b, *more, **even_more):
         assert (judge, tokenizer, constitution) == ("judge", "its tokenizer", ["a principle"])
         assert even_more.get("both_orders", True), "a label needs both orders"
+        assert even_more["chunk"] == 20, "what the judge reads at once grows with micro_batch_size"
+        even_more.get("worth", {}).update(same=0.9, first=0.5, hold=0.9)
         asked.extend(zip(prompts, a, b))
         return torch.sigmoid(2 * torch.tensor(count_a([], a)) - 2 * torch.tensor(count_a([], b)))
     monkeypatch.setattr(rlaif, "judge_pairs", judged)
@@ -466,9 +471,11 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
     hook.remove()
     prompts, a, b = (report[name] for name in ("prompts", "responses_a", "responses_b"))
     assert asked == list(zip(prompts, a, b)) and len(asked) == 302 and a != b, "asked about others"
-    close(report["prob_a"], judged("judge", "its tokenizer", ["a principle"], prompts, a, b),
+    close(report["prob_a"], judged("judge", "its tokenizer", ["a principle"], prompts, a, b, chunk=20),
           "the labels do not belong to the pairs they were given for", atol=1e-6)
+    assert capsys.readouterr().out.count("judge: the same") == 1, "the judge is described once"
     assert sorted(map(prompts.count, w.prompts)) == [100, 101, 101], "each prompt is used as often as another"
+    assert len({tuple(prompts[i:i + 3]) for i in range(0, 300, 3)}) == 6, "prompts are drawn, not in turn"
     for side, rollouts in (("a", drawn[::2]), ("b", drawn[1::2])):
         said = [(x, y, end) for r in rollouts for x, y, end in zip(r.prompts, r.responses, r.ended.tolist())]
         assert [(x, y) for x, y, _ in said] == list(zip(prompts, report[f"responses_{side}"])), "not as drawn"
@@ -477,6 +484,7 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
         assert report[f"rows_{side}"] == rows, "what is fitted is not what was judged, in its template"
         assert 0 < sum(end for *_, end in said) < 302, "some should have ended, others not"
     assert preference.template == w.config.template and preference.tokenizer is w.tokenizer
+    assert preference.chunk == 20, "what it reads at once grows with micro_batch_size"
     assert len(rates) == 6 * 5 and rates[0] == 4e-3, "preference_epochs or its learning rate is another"
     scores = preference.scores(report["rows_a"] + report["rows_b"])
     agreement = torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], a + b))]))[0, 1]
@@ -1329,6 +1337,7 @@ def norm(gradient):
     {"entropy_coef": 0.3, "value": "separate", "whiten_advantages": False, "micro_batch_size": 64},
     {"value_coef": 1.0, "clip": 0.02, "batch_size": 9, "micro_batch_size": 1, "penalty": True},
     {"stop_kl": 1e-3, "value": "preference"},
+    {"stop_kl": 0.02, "micro_batch_size": 1},
 ])
 def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(tmp_path, device, settings):
     """No gradient of an abandoned or an earlier minibatch, no padding, no row's tensor beside another row; to
@@ -1357,7 +1366,8 @@ def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(t
         assert all(step["rate"] == rate for step in steps), "the learning rate falls linearly to 0"
         if run.config.stop_kl < math.inf:
             over = [minibatch["numbers"]["approx_kl"] > run.config.stop_kl for minibatch in own]
-            assert over == [False] * (len(own) - 1) + [True] and "gradient" not in own[-1], (
+            assert not any(over[:-1]) and over[-1] == ("gradient" not in own[-1]) and (
+                over[-1] or len(own) == 6), (
                 "the first minibatch whose KL passes stop_kl must end the updates, and take no step")
             continue
         half = len(own) // 2
@@ -1422,6 +1432,7 @@ def test_memory_grows_with_the_micro_batch_and_not_with_the_batch(tmp_path, monk
         monkeypatch.setattr(rlaif, "respond", lambda *args: ready)  # generating takes the whole batch at once
         with Peak(policy, run.reference) as rolled_out:
             rlaif.roll_out(run)
+        monkeypatch.setattr(run.optimizer, "step", lambda: None)  # Adam's state would hide the passes
         with Peak(policy) as learned:
             rlaif.update(run, ready)
         monkeypatch.undo()
@@ -1562,32 +1573,35 @@ def test_a_score_that_cannot_be_read_token_by_token_is_refused_where_that_is_nee
         toy_run(tmp_path, score, **setting)
 
 
-def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path):
+@pytest.mark.parametrize("off", [0.01, -0.01])
+def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path, off):
     run = toy_run(tmp_path, iterations=1, stop_kl=1e-9)
     rollout = rlaif.roll_out(run)
-    with torch.no_grad():
-        run.policy.lm_head.weight.mul_(1.01)
+    rollout.logprobs += off  # then all ratios are on one side of 1
     with pytest.warns(UserWarning, match="iteration 1: the ratio is off 1"):
         assert rlaif.update(run, rollout)["updates"] == 1, "the first minibatch of a batch takes its step"
 
 
 @pytest.mark.parametrize("control", ["fixed", "batch"])
 def test_beta_is_kept_or_steered_by_the_kl_of_whole_responses_once_the_batch_is_over(tmp_path, control):
-    run = odd_run(tmp_path, beta=0.2, beta_control=control, kl_target=5.0, kl_horizon=100.0, iterations=3)
-    run.beta, run.reference, kls = 0.5, copy.deepcopy(run.policy), []
-    for _ in range(3):
+    run = odd_run(tmp_path, beta=0.2, beta_control=control, kl_target=5.0, kl_horizon=100.0, iterations=3,
+                  kl_estimator="k3")
+    run.beta, run.reference, kls, drawn = 0.5, copy.deepcopy(run.policy), [], set()
+    for prompts, n in ((None, 10), (None, 10), (run.prompts * 4, 12)):
         expected = run.beta
-        r = rlaif.roll_out(run)
-        assert sorted(r.prompts.count(prompt) for prompt in ODD_PROMPTS) == [3, 3, 4], (
+        r = rlaif.roll_out(run, prompts)
+        assert prompts or sorted(r.prompts.count(prompt) for prompt in ODD_PROMPTS) == [3, 3, 4], (
             "every prompt is drawn as often as any other, up to one")
+        drawn.add(tuple(r.prompts))
         metrics = rlaif.update(run, r)
         assert metrics["beta"] == expected, "the beta of an iteration is set by the one before"
         row_kl = torch.where(r.mask, r.logprobs - r.ref_logprobs, 0.0).sum(dim=1).mean().item()
         if control == "batch":
-            expected *= 1 + min(max(row_kl / 5 - 1, -0.2), 0.2) * 10 / 100
+            expected *= 1 + min(max(row_kl / 5 - 1, -0.2), 0.2) * n / 100
         close(run.beta, expected, "beta is not steered by the mean KL of this batch's responses", 1e-6)
         kls.append((row_kl, row_kl / r.mask.sum(dim=1).float().mean().item()))
         run.reference = odd_llama(1)  # from now on there is a KL
+    assert len(drawn) == 3, "prompts are drawn, not taken in the order of their file"
     assert kls[0][0] < 5 < kls[1][0] and max(per_token for _, per_token in kls) < 5, (
         "the KL should lie on both sides of the target, and per token on one")
 
@@ -1714,7 +1728,8 @@ def test_evaluation_measures_the_policy_and_moves_nothing_of_the_run(tmp_path):
 
 
 def test_a_token_table_has_the_numbers_of_its_row_and_fits_a_terminal(tmp_path):
-    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": 50 * "a\n"}))
+    odd = [{"prompt": 50 * "a\n"}, {"prompt": "\t" + 50 * "a\n"}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, odd)))
     run = toy_run(tmp_path, policy=gpt2(context=128), tokenizer=letters("a\n\t"), value_head="random",
                   prompts=str(tmp_path / "odd.jsonl"), missing_eos_score=-1.0)
     run.reference = gpt2(seed=1, context=128)
@@ -1725,6 +1740,7 @@ def test_a_token_table_has_the_numbers_of_its_row_and_fits_a_terminal(tmp_path):
         prompt, score, names, *lines = rlaif.token_table(run, row).splitlines()
         assert len(lines) == r.mask[row].sum(), "one line for each token, whatever is in it, none for padding"
         assert max(map(len, (prompt, score, names, *lines))) <= 80 and "a\\na\\n" in prompt
+        assert ("\\ta" in prompt) == (r.prompts[row] == odd[1]["prompt"]), "the prompt of another row"
         assert re.findall(r"-?\d+\.\d+", score) == [f"{x[row]:.2f}" for x in (r.raw_scores, r.scores)]
         assert len(names.split("  ")) >= 8, "every column has a name"
         for t, line in enumerate(lines):
@@ -2089,6 +2105,9 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
         assert tokenizer.decode(row) == "<s>" + expected
         (row,) = rlaif.encode(tokenizer, ["hi"], template)
         assert tokenizer.decode(row) == "<s>User: hi\nAssistant:", "one BOS, never two"
+    thinks = chat_tokenizer(template=CHAT + "{% if enable_thinking is not defined %}!{% endif %}")
+    both = rlaif.encode(thinks, ["hi"] * 2, None, ["ok"] * 2, [True, False])
+    assert not any("!" in thinks.decode(row) for row in both), "a template is asked for no thoughts"
     without = chat_tokenizer(template=CHAT.replace("{{ bos_token }}", ""))
     assert rlaif.encode(without, ["hi"])[0][0] != without.bos_token_id, "the template says whether"
 
@@ -2164,6 +2183,7 @@ def test_where_the_longest_prompt_fits_every_reply_does(tmp_path, role, special)
             run = contexts(tmp_path, role, room, **special)
             break
         assert not (tmp_path / "run" / "labels.pt").exists(), "found out late"
+    assert role != "policy" or room == 0, "a context that just suffices is refused"
     replies = ["ccc", "ab"], ["aaa", "b"]
     if role == "judge":
         judge, own = rlaif.load(AutoModelForCausalLM, str(tmp_path / "judge"), "judge", "cpu")
@@ -2505,7 +2525,8 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     settings = {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "device": "cpu"}
     config = toy_config(tmp_path, beta=default.beta + 0.5, lam=0.5, save_every=1, out="run", **settings)
     run = rlaif.prepare(config)
-    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16, "seed": 3}
+    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16,
+               "minibatch_size": 5, "seed": 3}
     with pytest.raises(ValueError, match=rf"beta \(was {run.config.beta}, now 7.5\)") as error:
         rlaif.prepare(rlaif.Config(resume="run", save_every=3, micro_batch_size=7, **changed))
     assert [name for name in vars(config) if f"{name} (was" in str(error.value)] == [
@@ -2584,8 +2605,11 @@ def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
     """What is trained in float32, or small steps are lost and that is said; the reference as the policy, and
     not rounded to its type; the preference model in dtype."""
     for dtype in (torch.float32, torch.bfloat16):
-        run = rlaif.prepare(toy_config(tmp_path, **settings_of(bench, dtype=str(dtype).split(".")[1])))
+        run = rlaif.prepare(toy_config(tmp_path, **settings_of(bench, dtype=str(dtype).split(".")[1],
+                                                               micro_batch_size=5)))
+        assert run.score.chunk == 20, "what it reads at once grows with micro_batch_size"
         assert run.score.model.dtype == dtype and run.policy.dtype == run.reference.dtype == torch.float32
+    assert toy_run(tmp_path, policy=gpt2().double()).value.head.weight.dtype == torch.float64
     assert not [w for w in recwarn if "lose small steps" in str(w.message)]
     folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -2634,6 +2658,7 @@ def test_the_settings_come_from_the_flags_and_the_paths_from_beside_the_file(tmp
         assert os.path.isabs(path) and os.path.exists(path)
     assert config.gold == "tiny_models.world:gold_scores" and config.beta == rlaif.Config().beta
     assert config.out == "runs/seed-0"
+    assert rlaif.main(["--template", r"{prompt}\nA:"]) == 0 and seen[1].template == "{prompt}\nA:"
     with pytest.raises(SystemExit) as stop:
         rlaif.main(["--help"])
     assert stop.value.code == 0
