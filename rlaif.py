@@ -1278,8 +1278,7 @@ def require_plain(prompt, tokenizer, writes=False):
     harmless = {tokenizer.pad_token_id, tokenizer.unk_token_id} - ends
     for text in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
         ids = set(tokenizer(text, add_special_tokens=False).input_ids)
-        unknown = ids & {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-        if writes and (unknown or not ids):
+        if writes and (not ids or ids & {tokenizer.unk_token_id} - {tokenizer.eos_token_id}):
             raise ValueError("the policy's tokenizer cannot write it")
         if found := ids & (special | ends) - harmless:
             raise ValueError(f"it spells {tokenizer.decode(min(found))!r}, a special token")
@@ -1294,8 +1293,8 @@ def require_steady(model, row):
     alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):], logits_to_keep=1)
     beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), logits_to_keep=at)
     for other in (beside.logits[0, 1], beside.logits[1, 0]):
-        off = (alone.logits[0, -1] - other).abs().max()
-        if not off < (0.01 if model.dtype == other.dtype == torch.float32 else 0.5):
+        slack = 0.01 if model.dtype == other.dtype == torch.float32 else 0.5
+        if not (alone.logits[0, -1] - other).abs().max() < slack:
             raise ValueError("its logits are not finite, or move with padding, or with what comes later")
 
 
@@ -1390,7 +1389,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
                 raise ValueError("it is not a function")
     run = Run(config, device, policy, reference, tokenizer, [], [], score, gold, passed, config.beta)
     run.prompts, run.held_out = load_prompts(run, judge)
-    with run.own_random(), run.autocast(), trying(f"policy: this {type(policy).__name__} cannot be used"):
+    trial = replace(run)  # its random numbers are not the run's
+    with trial.own_random(), run.autocast(), trying(f"policy: this {type(policy).__name__} cannot be used"):
         r = respond(policy, tokenizer, (run.prompts * 16)[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
@@ -1412,7 +1412,6 @@ def begin(run, judge):
     if out:
         file = shlex.quote(sys.argv[0] if IS_COMMAND else "rlaif.py")
         tqdm.write(f"all goes to {out}; if it stops: python {file} --resume {shlex.quote(str(out))}")
-    run.random = None  # whatever was tried out
     if judge:
         with run.own_random(), run.autocast():
             run.score, _ = preference_from_judge(config, run.policy, run.tokenizer, *judge, run.prompts,
@@ -1462,9 +1461,8 @@ def record(run, metrics):
     the run depends on and that its settings do not tell; at the end, the policy too."""
     config, scores, out = run.config, run.rollout.scores, run.config.out and pathlib.Path(run.config.out)
     if len(scores) > 1 and (scores == scores[0]).all():
-        why = "" if metrics["eos_fraction"] else " since no response ended: raise max_new_tokens, or set " \
-            "missing_eos_score to inf"
-        warnings.warn(f"all scores are equal and teach nothing{why}", stacklevel=3)
+        why = "" if metrics["eos_fraction"] else "no response ended (max_new_tokens, missing_eos_score), so "
+        warnings.warn(f"{why}all scores are equal and teach nothing", stacklevel=3)
     elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
         warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
     run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 else 0
@@ -1552,8 +1550,7 @@ def run_and_report(config):
     summary = [f"{'held-out prompts':16} {'before':>9} {'after':>9}"]
     summary += [f"{name:16} {before.get(name, math.nan):9.3f} {after[name]:9.3f}" for name in after]
     (out / "samples.md").write_text("\n".join(["```", *lines, "", *summary, "```", ""]), encoding="utf-8")
-    width = shutil.get_terminal_size().columns
-    print("\n".join([line[:width] for line in lines[:9]] + ["", *summary, ""]))
+    print("\n".join([line[:shutil.get_terminal_size().columns] for line in lines[:9]] + ["", *summary, ""]))
     if run.rollout:
         print(f"{token_table(run)}\n")
     history = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -2805,6 +2805,26 @@ def test_pasted_into_cells_all_is_defined_and_nothing_starts(file, cells, tmp_pa
     assert metrics["iteration"] == 1
 
 
+def test_readmes_steps_of_rloo_and_grpo_learn_without_a_critic(tmp_path):
+    """Their code as it stands there; of each group the advantages sum to 0, and the KL in the loss pulls back."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    names = {name: getattr(rlaif, name) for name in ("roll_out", "update", "whiten", "kl_estimate")}
+    for block in re.findall(r"```python\n(def \w+_step.*?)```", readme, re.DOTALL):
+        exec(block, names)
+    for step, settings in ((names["rloo_step"], {}), (names["grpo_step"], {"beta": 0.0})):
+        run = toy_run(tmp_path, value_coef=0.0, missing_eos_score=math.inf, ppo_epochs=1, **settings)
+        before = weights_of(run.policy)
+        metrics = step(run, ["ab", "c", "ab"])
+        r = run.rollout
+        assert r.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
+        assert metrics["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
+        if not run.beta:
+            close(r.whitened[:, 0].view(3, 4).sum(dim=1), torch.zeros(3), "a group's mean is not 0", atol=1e-5)
+            again, pulled = (copy.deepcopy(run) for _ in "ab")
+            step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
+            assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
+
+
 def test_every_section_is_a_cell_and_they_stand_in_order():
     markers = re.findall(r"^# %% (.*)$", SOURCE, re.MULTILINE)
     assert SOURCE.startswith(f"# %% {markers[0]}\n"), "the first stands on line 1"

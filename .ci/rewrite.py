@@ -15,7 +15,7 @@ import rlaif  # noqa: E402
 import test_rlaif  # noqa: E402, F401  (for what it imports)
 
 MISTAKES = {  # the function: what stands in it, and what a beginner writes
-    "token_logprobs": ("logits / temperature", "logits"),
+    "token_logprobs": ("logits if temperature == 1 else logits / temperature", "logits"),
     "kl_estimate": ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
     "whiten": ("torch.where(mask, x, 0.0).sum() / mask.sum()", "torch.where(mask, x, 0.0).mean()"),
     "shape_rewards": ("0.0) - penalty", "0.0) + penalty"),
