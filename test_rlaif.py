@@ -1461,14 +1461,13 @@ def test_beta_is_kept_or_steered_by_the_kl_of_whole_responses_once_the_batch_is_
 
 
 def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_nothing_is_learned(tmp_path):
-    for never in (math.inf, -1.0):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("default")
-            _, history = toy_train(tmp_path, policy=with_head_bias(EOS, -1e4), missing_eos_score=never,
-                                   iterations=1 if never == math.inf else 2, ppo_epochs=1)
-        texts = [str(warning.message) for warning in said]
-        if never == math.inf:
-            assert texts == [], "where a missing EOS has no price, there is nothing to warn of"
+    never = with_head_bias(EOS, -1e4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        toy_train(tmp_path, policy=copy.deepcopy(never), missing_eos_score=math.inf, iterations=1)
+        assert not said, "where a missing EOS has no price, there is nothing to warn of"
+        _, history = toy_train(tmp_path, policy=never, iterations=2, ppo_epochs=1)
+    texts = [str(warning.message) for warning in said]
     assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
@@ -1502,17 +1501,16 @@ def test_what_cannot_learn_is_an_error_or_a_warning(tmp_path):
         toy_train(tmp_path, iterations=1, missing_eos_score=math.inf)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_path):
-    run = toy_run(tmp_path)
+    run, warned = toy_run(tmp_path), []
     rlaif.roll_out(run)
-    for count, explained in enumerate([-0.6] * 4 + [-0.4] + [-0.6] * 7):
+    for explained in [-0.6] * 4 + [-0.4] + [-0.6] * 7:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            moved = torch.ones(1)
-            next(run.policy.parameters()).grad = moved.expand_as(next(run.policy.parameters())).clone()
             rlaif.record(run, {"eos_fraction": 1.0, "explained_variance": explained})
-        assert [("value_head" in str(w.message)) for w in said] == [True] * (count == 9), (
-            "once, after the fifth in a row below -0.5")
+        warned.append(any("value_head" in str(warning.message) for warning in said))
+    assert warned == [False] * 9 + [True, False, False], "once, after the fifth in a row below -0.5"
 
 
 def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypatch):
@@ -1614,12 +1612,6 @@ def test_no_setting_is_ignored():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def bert(kind, **settings):
-    return getattr(transformers, f"Bert{kind}")(transformers.BertConfig(**{
-        "vocab_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5, **settings})).eval()
-
-
 def spoilt(model):
     torch.nn.init.constant_(model.transformer.ln_f.bias, math.nan)
     return model
@@ -1630,17 +1622,16 @@ def bench(tmp_path_factory):
     """A folder with models and files, good and bad."""
     folder = tmp_path_factory.mktemp("bench")
     judge, judge_tokenizer = random_judge()
-    roberta = transformers.RobertaConfig(
-        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, is_decoder=True, initializer_range=0.5, pad_token_id=4)
+    small = {"vocab_size": 5, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5}
     for name, model in {
-        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32),
-        "nan": spoilt(gpt2()), "preference": scorer(), "second": scorer(1),
-        "two": scorer(outputs=2), "truncated": scorer(),
-        "pickled": scorer(), "custom": gpt2(), "resized": gpt2(), "no tokenizer": gpt2(),
-        "bert": bert("ForSequenceClassification", num_labels=1),
+        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32), "nan": spoilt(gpt2()),
+        "preference": scorer(), "two": scorer(outputs=2), "pickled": scorer(), "custom": gpt2(),
+        "resized": gpt2(), "no tokenizer": gpt2(),
+        "bert": transformers.BertForSequenceClassification(transformers.BertConfig(**small, num_labels=1)),
         "mamba": MambaForCausalLM(MambaConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1)),
-        "roberta": transformers.RobertaForCausalLM(roberta),
+        "roberta": transformers.RobertaForCausalLM(transformers.RobertaConfig(
+            **small, is_decoder=True, pad_token_id=4)),
     }.items():
         save_pair(folder / name, model, letters())
     save_pair(folder / "narrow", gpt2(), letters("abcdefgh"))
@@ -1650,29 +1641,25 @@ def bench(tmp_path_factory):
 
     for file in (folder / "no tokenizer").glob("*token*"):
         file.unlink()
-    for name, change in {"custom": {"model_type": "own", "auto_map": {"AutoConfig": "own.Own",
-                                                                     "AutoModelForCausalLM": "own.Own"}},
-                         "resized": {"vocab_size": 6}}.items():
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    for name, change in (("custom", {"model_type": "own", "auto_map": own}), ("resized", {"vocab_size": 6})):
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps({**config, **change}))
     (folder / "custom" / "own.py").write_text("raise SystemExit('code of a model folder was run')")
-    torch.save(load_file(folder / "pickled" / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
-    (folder / "pickled" / "model.safetensors").unlink()
-    whole = (folder / "truncated" / "model.safetensors").read_bytes()
-    (folder / "truncated" / "model.safetensors").write_bytes(whole[:1000])
-
+    weights = folder / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), folder / "pickled" / "pytorch_model.bin")
+    weights.unlink()
     (folder / "not a run").mkdir()
     (folder / "not a run" / "config.json").write_text("{}")
-    for name, data in {
-        "p.txt": b"ab\nc\n", "p.jsonl": b'{"prompt": "ba"}\n{"prompt": "c", "other": 1}\n', "empty.txt": b"",
-        "blank.txt": b"ab\n \nc", "other.txt": "\u0436".encode(),
-        "long.txt": b"ab\n" + b"a" * 14, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
-        "two.txt": b"ab\ncd\n", "surrogate.jsonl": b'{"prompt": "\\ud800"}\n', "p.csv": b"prompt\nab\n",
-        "said.jsonl": b'{"messages": [{"role": "assistant", "content": "b"}]}',
-        "eos.txt": b"ab\nc<eos>a\n",
-        "truth.py": b"def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
+    for name, text in {
+        "p.txt": "ab\nc\n", "two.txt": "ab\ncd\n", "empty.txt": "", "blank.txt": "ab\n \nc",
+        "other.txt": "\u0436", "long.txt": "ab\n" + "a" * 14, "eos.txt": "ab\nc<eos>a\n",
+        "p.csv": "prompt\nab\n", "broken.jsonl": '{"prompt": "a"}\n{"prompt": 3}\n',
+        "surrogate.jsonl": '{"prompt": "\\ud800"}\n',
+        "said.jsonl": '{"messages": [{"role": "assistant", "content": "b"}]}',
+        "truth.py": "def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
     }.items():
-        (folder / name).write_bytes(data)
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -1716,8 +1703,8 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
     ("--reference", "policy", "--policy", "long"): "reference context",
     ("--preference", "policy"): "preference policy fill score", ("--preference", "two"): "preference 2 one",
     ("--preference", "bert", "--dense_reward", "True"): "left right",
-    ("--preference", "truncated"): "preference truncated", ("--preference", "pickled"): "preference pickled",
-    ("--judge", "nan judge"): "judge finite", ("--judge", "odd judge"): "element 7",
+    ("--preference", "pickled"): "preference pickled", ("--judge", "nan judge"): "judge finite",
+    ("--judge", "odd judge"): "element 7",
     ("--judge", "policy"): "judge A B", ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
     ("--resume", "not a run"): "resume not a run/config.json", ("--out", "p.txt"): "out p.txt",
     ("--no_such_flag", 1): "no_such_flag",
