@@ -2033,148 +2033,82 @@ def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_ref
 # Resuming
 
 
-def settings_of(bench, **more):
-    """A run from files alone, whose last iteration is no multiple of save_every."""
-    return {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "iterations": 5,
-            "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
-            "value_head": "random", "pairs": 40, "preference_epochs": 2, "reference": str(bench / "other"),
-            "eval_samples": 1, **more}
-
-
-def killed_at(monkeypatch, name, call):
-    """Ctrl-C where the function is called for the so-many-th time."""
-    calls, function = [], getattr(rlaif, name)
-
-    def called(*args, **more):
-        calls.append(name)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return function(*args, **more)
-    monkeypatch.setattr(rlaif, name, called)
-
-
-def ends_of(folder):
-    return (folder / "metrics.jsonl").read_bytes(), weights_of(
-        AutoModelForCausalLM.from_pretrained(folder / "policy"))
-
-
 JUDGED_SO_FAR = ["config.json", "labels.pt"]
 CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
     "while judging": ("judge_pairs", 2, JUDGED_SO_FAR),
     "in the fit": ("preference_loss", 2, JUDGED_SO_FAR),
     "before the first checkpoint": ("record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
-    "between two checkpoints": ("record", 4, None),
-    "after the last iteration": (None, None, None),
+    "between two checkpoints": ("record", 4, [
+        "checkpoint.pt", "config.json", "labels.pt", "metrics.jsonl", "preference"]),
+    "after the last iteration": ("never", 1, [
+        "checkpoint.pt", "config.json", "labels.pt", "metrics.jsonl", "policy", "preference"]),
+    "without a judge": ("record", 4, ["checkpoint.pt", "config.json", "metrics.jsonl"]),
 }
-LATE = list(CUTS)[3:]
-MODES = [("judged", cut, {"value": "preference", "value_head": "zero"}) for cut in CUTS] + [
-    ("steered", LATE[0], {"value": "separate", "beta_control": "batch", "kl_target": 0.1})]
-
-
-@pytest.fixture(scope="module")
-def uncut(bench, tmp_path_factory):
-    """What runs write that nothing cuts: metrics and weights."""
-    runs = {}
-
-    def whole(mode, settings, device):
-        folder = tmp_path_factory.mktemp("whole")
-        if (mode, device) not in runs:
-            list(rlaif.train(toy_config(folder, **settings, out=str(folder / "run"))))
-            runs[mode, device] = ends_of(folder / "run")
-        return runs[mode, device]
-    return whole
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode,cut,settings", MODES)
-def test_a_run_goes_on_as_if_it_had_not_been_cut(
-        bench, uncut, tmp_path, monkeypatch, device, mode, cut, settings):
-    """The same bytes in metrics.jsonl and the same bits in the weights; labels are not asked for again."""
-    settings = settings_of(bench, device=device, **settings)
-    if mode == "judged":
-        settings["judge"] = str(bench / "judge")
-    whole = uncut(mode, settings, device)
-    name, call, there = CUTS[cut]
-    with monkeypatch.context() as patch:
-        if name:
-            killed_at(patch, name, call)
-        with pytest.raises(KeyboardInterrupt) if name else contextlib.nullcontext():
-            list(rlaif.train(toy_config(tmp_path, **settings, out=str(tmp_path / "run"))))
-    if there:
-        assert sorted(os.listdir(tmp_path / "run")) == there
-    labels = tmp_path / "run" / "labels.pt"
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_run_goes_on_as_if_it_had_not_been_cut(bench, tmp_path, monkeypatch, no_pictures, device, cut):
+    """From files alone, and its last iteration is no multiple of save_every. The same bytes in metrics.jsonl
+    and the same bits in the weights; labels are not asked for again."""
+    settings = {"policy": str(bench / "policy"), "reference": str(bench / "other"), "iterations": 5,
+                "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
+                "eval_samples": 1, "device": device}
+    if cut == "without a judge":
+        settings |= {"preference": str(bench / "preference"), "value": "separate", "value_head": "random",
+                     "beta_control": "batch", "kl_target": 0.1}
+    else:
+        settings |= {"judge": str(bench / "judge"), "value": "preference", "pairs": 40,
+                     "preference_epochs": 2}
+    (function, call, there), calls, runs = CUTS[cut], [], [tmp_path / "whole", tmp_path / "cut"]
+
+    def killed(*args, right=getattr(rlaif, CUTS[cut][0], None), **more):
+        calls.append(function)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return right(*args, **more)
+    list(rlaif.train(toy_config(tmp_path, **settings, out=str(runs[0]))))
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(rlaif, function, killed, raising=False)
+        list(rlaif.train(toy_config(tmp_path, **settings, out=str(runs[1]))))
+    assert sorted(os.listdir(runs[1])) == there
     if cut == "while judging":
-        assert len(torch.load(labels)["prob_a"]) == 32, "the first chunk of labels is kept"
-    (tmp_path / "run" / "policy.new").mkdir(exist_ok=True)  # left behind by a crash, as is half a line
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        assert len(torch.load(runs[1] / "labels.pt")["prob_a"]) == 32, "the first chunk of labels is kept"
+    elif function != "never":
+        monkeypatch.setattr(rlaif, "judge_pairs", lambda *args, **more: pytest.fail("labels are asked again"))
+    (runs[1] / "policy.new").mkdir(exist_ok=True)  # left behind by a crash, as is half a line
+    with open(runs[1] / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 9, "sco')
-    if cut in ("in the fit", *LATE):
-        monkeypatch.setattr(rlaif, "judge_pairs",
-                            lambda *args, **more: pytest.fail("labels are asked for again"))
-    list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"))))
-    metrics, weights = ends_of(tmp_path / "run")
-    assert metrics == whole[0], "metrics.jsonl is another"
-    assert all_equal(weights, whole[1]), "the policy is another"
-    assert len(metrics.splitlines()) == 5
+    assert rlaif.main(["--resume", str(runs[1])]) == 0
+    metrics = [(folder / "metrics.jsonl").read_bytes() for folder in runs]
+    assert metrics[0] == metrics[1] and len(metrics[0].splitlines()) == 5, "metrics.jsonl is another"
+    ends = [weights_of(AutoModelForCausalLM.from_pretrained(folder / "policy")) for folder in runs]
+    assert all_equal(*ends), "the policy is another"
+    assert (runs[1] / "before.json").exists() == ("checkpoint.pt" not in there), "not before any training"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_after_too_little_memory_in_the_fit_a_smaller_micro_batch_goes_on(bench, tmp_path, monkeypatch):
-    """To a millionth of the largest score; labels are kept."""
-    settings = settings_of(bench, judge=str(bench / "judge"), iterations=1, preference_learning_rate=1e-5)
-    whole, out = rlaif.prepare(toy_config(tmp_path, **settings)).score, tmp_path / "run"
-
-    def limited(loss):
-        raise RuntimeError("not enough memory")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
-        patch.setattr(torch.Tensor, "backward", limited)
-        rlaif.prepare(toy_config(tmp_path, **settings, out=str(out)))
-    assert sorted(os.listdir(out)) == JUDGED_SO_FAR
-    again = rlaif.prepare(rlaif.Config(resume=str(out), micro_batch_size=5))
-    again.score.chunk = whole.chunk
-    scores = torch.tensor(whole(["ab"] * 40, TEXTS))
-    assert (scores - torch.tensor(again.score(["ab"] * 40, TEXTS))).abs().max() < 1e-6 * scores.abs().max()
-
-
-def stopped_run(folder, after, policy=None, **settings):
-    """A run that is given its parts in Python and stopped after some iterations as a notebook stops one."""
-    config = toy_config(folder.parent, **{"iterations": 4, "save_every": 2, "ppo_epochs": 1,
-                                          "learning_rate": 3e-3, "missing_eos_score": math.inf,
-                                          "out": str(folder), **settings})
-    loop = rlaif.train(config, score=count_a, policy=policy or gpt2(), tokenizer=letters())
-    return [next(loop) for _ in range(after)]
-
-
-def go_on(folder, policy=None, **settings):
-    """The rest of a stopped run -> its policy, and the metrics of its new iterations."""
-    policy = policy or gpt2()
-    config = rlaif.Config(resume=str(folder), **settings)
-    return policy, list(rlaif.train(config, score=count_a, policy=policy, tokenizer=letters()))
-
-
-def test_a_run_goes_on_in_a_copy_of_its_folder_and_a_finished_one_has_nothing_more_to_do(tmp_path):
-    whole = stopped_run(tmp_path / "whole", 4)
-    stopped_run(tmp_path / "first", 3)
-    shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
-    policy, rest = go_on(tmp_path / "copy", gpt2(seed=9))  # any weights: the checkpoint's go in
-    assert rest == whole[2:]
-    assert before == {path: path.read_bytes() for path in before}, "the first folder is left alone"
-    again, rest = go_on(f"{tmp_path}/first/../copy/")
-    assert rest == [] and all_equal(weights_of(again), weights_of(policy)), "any name of the folder will do"
-
-
 @pytest.mark.parametrize("after", [3, 1])
-def test_the_policy_of_a_notebook_that_has_taken_steps_goes_on_from_its_checkpoint(tmp_path, after):
-    """Also where there is none yet; and its reference is the policy that it first was."""
-    whole, policy = stopped_run(tmp_path / "whole", 4), gpt2()
-    stopped_run(tmp_path / "cut", after, policy)
-    assert not all_equal(weights_of(policy), weights_of(gpt2()))
-    config = rlaif.Config(resume=str(tmp_path / "cut"))
-    run = rlaif.prepare(config, count_a, None, copy.deepcopy(policy), letters())
+def test_a_run_of_a_notebook_goes_on_from_its_checkpoint_in_a_copy_of_its_folder(tmp_path, after):
+    """Also where the policy has taken steps since, and where there is no checkpoint yet. Its reference is the
+    policy that it first was, and once it is over there is nothing more to do."""
+    def loop(name, policy, **resume):
+        config = rlaif.Config(**resume) if resume else toy_config(
+            tmp_path, iterations=4, save_every=2, ppo_epochs=1, out=str(tmp_path / name))
+        return rlaif.train(config, score=count_a, policy=policy, tokenizer=letters())
+    whole, policy = list(loop("whole", gpt2())), gpt2()
+    cut = loop("cut", policy)
+    assert [next(cut) for _ in range(after)] == whole[:after]
+    assert not all_equal(weights_of(policy), weights_of(gpt2())), "the example should take steps"
+    before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    copied = shutil.copytree(tmp_path / "cut", tmp_path / "copy")
+    run = rlaif.prepare(rlaif.Config(resume=str(copied)), count_a, None, copy.deepcopy(policy), letters())
     assert all_equal(weights_of(run.reference), weights_of(gpt2()))
-    _, rest = go_on(tmp_path / "cut", policy)
-    assert rest == whole[after // 2 * 2:]
+    assert list(loop("copy", policy, resume=str(copied))) == whole[after // 2 * 2:]
+    assert before == {path: path.read_bytes() for path in before}, "the first folder is left alone"
+    again = gpt2(seed=9)  # any weights: the checkpoint's go in; and any name of the folder will do
+    assert list(loop("copy", again, resume=f"{tmp_path}/cut/../copy/")) == []
+    assert all_equal(weights_of(again), weights_of(policy))
 
 
 @pytest.mark.parametrize("missing", ["score", "gold", "policy", "tokenizer"])
