@@ -298,14 +298,14 @@ def test_a_judge_answers_at_the_first_token_in_which_its_answers_differ(make, ca
 
 
 def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_answers(monkeypatch):
-    """Against a judge that answers every question by a number drawn for it."""
+    """Against a judge that answers every question by two numbers drawn for it."""
     asked, answers, principles, draw = [], {}, ["kinder", "safer", "clearer"], random.Random(0)
 
     def ask_judge(judge, tokenizer, questions, *more, **even_more):
         assert (judge, tokenizer) == ("judge", "its tokenizer")
         asked.extend(questions)
-        prob_a = torch.tensor([answers.setdefault(text, draw.random()) for text in questions])
-        return torch.stack([prob_a, 1 - prob_a], dim=1).log()
+        p, hold = torch.tensor([answers.setdefault(x, (draw.random(), draw.random())) for x in questions]).T
+        return (torch.stack([p, 1 - p], dim=1) * hold[:, None]).log()
     monkeypatch.setattr(rlaif, "ask_judge", ask_judge)
     prompts, a, b = ([f"{side}{i} {{a}} " for i in range(5)] for side in ("q", " a", "b"))
 
@@ -313,17 +313,21 @@ def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_an
         return rlaif.judge_pairs("judge", "its tokenizer", principles, prompts, a, b, **more)
 
     def questions(first, second):
-        return [[f"{principle}\nUser: {x}\n(A) {one.strip()}\n(B) {other.strip()}\nThe better response is:"
-                 for principle in principles] for x, one, other in zip(prompts, first, second)]
-    both, expected = labels(a, b), []
-    assert sorted(asked) == sorted(sum(questions(a, b) + questions(b, a), [])), (
+        return [f"{principle}\nUser: {x}\n(A) {one.strip()}\n(B) {other.strip()}\nThe better response is:"
+                for x, one, other in zip(prompts, first, second) for principle in principles]
+    worth = {}
+    both = labels(a, b, worth=worth)
+    assert sorted(asked) == sorted(questions(a, b) + questions(b, a)), (
         "each pair must be asked about once under each principle and in each order, without outer spaces")
-    for ab, ba in zip(questions(a, b), questions(b, a)):
-        expected.append(sum([answers[text] for text in ab] + [1 - answers[text] for text in ba]) / 6)
-    close(both, expected, "not the mean of the answers about its own pair, 1 - p in the second order", 1e-6)
+    ab, ba = (f64(*(answers[text] for text in questions(*pair))).view(5, 3, 2) for pair in ((a, b), (b, a)))
+    once, swapped = ab[..., 0], ba[..., 0]
+    close(both, (once + 1 - swapped).mean(dim=1) / 2, "not the mean of the answers about its own pair, 1 - p "
+          "in the second order", atol=1e-6)
     close(both + labels(b, a), torch.ones(5), "p(a, b) + p(b, a) is not 1", atol=1e-6)
-    once = [sum(answers[text] for text in ab) / 3 for ab in questions(a, b)]
-    close(labels(a, b, both_orders=False), once, "one order is the first", atol=1e-6)
+    close(labels(a, b, both_orders=False), once.mean(dim=1), "one order is the first", atol=1e-6)
+    first, hold = torch.stack([once, swapped]) > 0.5, torch.stack([ab, ba])[..., 1]
+    close([worth["same"], worth["first"], worth["hold"]],
+          [(first[0] != first[1]).double().mean(), first.double().mean(), hold.mean()], "other shares", 1e-6)
 
 
 # 2. The preference model ------------------------------------------------------------------------------------
@@ -418,26 +422,29 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     model, forward, read, steps, heads = preference.model, preference.forward, [], [], []
 
     def noted(rows):
-        read.extend(index[tuple(row)] for row in rows if torch.is_grad_enabled())
+        picked, half = [index[tuple(row)] for row in rows], len(rows) // 2
+        if torch.is_grad_enabled():
+            assert picked[:half] == picked[half:], "the two sides of a minibatch are not of the same pairs"
+            assert half <= 7, "more than micro_batch_size pairs at once"
+            read.extend(picked[:half])
         return forward(rows)
 
     def before_step(optimizer, args, given):
-        picked, half = list(read), len(read) // 2
-        assert picked[:half] == picked[half:], "the two sides of a minibatch are not of the same pairs"
         with torch.enable_grad():
-            r_a, r_b = forward([a[i] for i in picked[:half]]), forward([b[i] for i in picked[:half]])
-            loss = bce(r_a - r_b, p[picked[:half]])
+            r_a, r_b = forward([a[i] for i in read]), forward([b[i] for i in read])
+            loss = bce(r_a - r_b, p[read])
             expected = flat_gradient(loss + 0.4 * (r_a + r_b).square().mean(), model)
         found = torch.cat([x.grad.flatten() for x in model.parameters()])
         # Gradients have a length of 1 at most: of a mistake a thousandth would show.
         close(found, expected / max(1.0, expected.norm()), "a step follows another loss", atol=1e-4)
         assert type(optimizer) is torch.optim.Adam and optimizer.defaults["weight_decay"] == 0
-        steps.append((picked[:half], loss.item(), optimizer.param_groups[0]["lr"]))
+        steps.append(([*read], loss.item(), optimizer.param_groups[0]["lr"]))
         read.clear()
     preference.forward = noted
     hooks = [register_optimizer_step_pre_hook(before_step),
              register_optimizer_step_post_hook(lambda *_: heads.append(model.score.weight.mean().item()))]
-    report = rlaif.fit_preference(preference, a, b, p, 3, 16, learning_rate=2e-2, centering=0.4)
+    report = rlaif.fit_preference(preference, a, b, p, 3, 16, 2e-2, centering=0.4, micro_batch_size=7)
+    preference.forward = forward
     for hook in hooks:
         hook.remove()
     picked, losses, rates = zip(*steps)
@@ -460,7 +467,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     assert report["accuracy"] in (0.0, 1.0), "of two pairs one is held out"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(scores, preference.scores(a)), "autocast has kept weights from before a step"
-        assert preference.forward(a).dtype == torch.float32, "the loss is float32 at least"
+        assert forward(a).dtype == torch.float32, "the loss is float32 at least"
     with pytest.raises(ValueError):  # it cannot tell any text from another
         rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
     defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
@@ -679,18 +686,6 @@ def test_a_score_is_one_finite_number_for_each_bare_prompt_and_response(tmp_path
             rlaif.score_responses(run, lambda *_: given, "the judge")
 
 
-def test_a_score_and_the_scores_of_prefixes_are_computed_in_the_configured_precision(tmp_path):
-    """What they are is worked out in the whole rollout of section 10."""
-    run = uneven_world(tmp_path, own_tokens=True, dense_reward=True, dtype="bfloat16").prepare()
-    r = rlaif.roll_out(run)
-    for found, measure in (
-            (r.raw_scores, lambda: torch.tensor(run.score(r.prompts, r.responses, r.ended.tolist()))),
-            (r.prefix_scores, lambda: run.score.prefix_scores(r))):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(found, measure()), "dtype is the preference model's too"
-        assert not torch.equal(found, measure()), "the example should show that"
-
-
 # Sections 6 to 9 by hand ------------------------------------------------------------------------------------
 
 
@@ -826,15 +821,11 @@ def test_shape_rewards_puts_the_score_on_the_last_token_and_the_price_of_kl_wher
         close(found.sum(), scores.sum() - beta * own.sum(), f"{level}: all get score - beta * KL together")
     close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * own[:, 0],
           "by default each token pays, and a response gets score - beta * KL")
-
-
-def test_shape_rewards_refuses_a_column_of_scores_an_empty_row_and_an_unknown_level():
     full, empty = f64([1, 1], [1, 1]).bool(), f64([1, 1], [0, 0]).bool()
-    for shape, mask in (([2, 1], full), ([1], full), ([], full), ([1, 1], full[:1]), ([2], empty)):
-        with pytest.raises(ValueError):
-            shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1)
-    with pytest.raises(ValueError, match="word"):
-        shape_rewards(torch.ones(2), torch.ones(2, 2), full, 0.1, "word")
+    for shape, mask, level in (([2, 1], full, "token"), ([1], full, "token"), ([], full, "token"),
+                               ([1, 1], full[:1], "token"), ([2], empty, "token"), ([2], full, "word")):
+        with pytest.raises(ValueError):  # a column of scores, an empty row, an unknown level
+            shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1, level)
 
 
 @given(batches())
@@ -1033,11 +1024,6 @@ def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **set
     """`prepare` on the letter models -> Run."""
     config = toy_config(folder, **settings)
     return rlaif.prepare(config, score, gold, policy or gpt2(), tokenizer or letters())
-
-
-def letter_preference(seed=5):
-    """A preference model that reads the letter policy's own tokens from left to right."""
-    return rlaif.PreferenceModel(scorer(seed), letters(), "{prompt}")
 
 
 def scorer(seed=0, outputs=1, **settings):
@@ -1325,8 +1311,8 @@ def test_with_learning_rate_zero_the_ratio_is_exactly_one_and_the_kl_exactly_zer
     w = uneven_world(tmp_path, own_tokens=True, learning_rate=0.0, value=value, dtype=dtype, batch_size=12,
                      ppo_epochs=1, micro_batch_size=64, dense_reward=value == "preference")
     run = w.prepare()
-    run.reference = copy.deepcopy(run.policy)
-    before, shapes = weights_of(run.policy, run.value), []
+    run.reference, shapes = copy.deepcopy(run.policy), []
+    before = weights_of(run.policy, run.value)
     run.policy.register_forward_pre_hook(lambda policy, args, given: shapes.append(
         tuple(given["input_ids"].shape)), with_kwargs=True)
     for _ in range(3):
@@ -1339,6 +1325,11 @@ def test_with_learning_rate_zero_the_ratio_is_exactly_one_and_the_kl_exactly_zer
         assert metrics["ratio"] == 1 and metrics["approx_kl"] == 0, "old and new policy differ without a step"
         assert (r.logprobs[r.mask] < 0).all() and all(math.isfinite(x) for x in metrics.values())
         assert not [name for name, x in tensors_of(r).items() if x.dtype == torch.bfloat16], "too few digits"
+        given = r.prompts, r.responses, r.ended.tolist()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            assert r.raw_scores.tolist() == run.score(*given), "dtype is the preference model's too"
+            if run.config.dense_reward:
+                assert torch.equal(r.prefix_scores, run.score.prefix_scores(r)), "also of the prefixes"
     assert not recwarn.list and all_equal(before, weights_of(run.policy, run.value)), "a parameter moved"
     assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
 
@@ -1767,20 +1758,21 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
+def test_what_is_printed_fits_a_terminal_and_what_is_measured_is_bounded(
         bench, tmp_path, capsys, monkeypatch, no_pictures):
     """Nothing is cut from the bar; a terminal that has no emoji gets something in its place."""
     monkeypatch.chdir(bench)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("LINES", raising=False)
     prompt = "\U0001F600" + 30 * "abc"
-    (tmp_path / "long.txt").write_text(prompt + "\nc\n", encoding="utf-8")
+    (tmp_path / "long.txt").write_text("\n".join([prompt, "c"] * 100), encoding="utf-8")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
     code, _, err = run_main(
         capsys, *BENCH_FLAGS, "--policy", save_pair(tmp_path / "policy", gpt2(context=256), letters()),
         "--preference", save_pair(tmp_path / "preference", scorer(context=256), letters()), "--gold",
-        "truth:gold", "--prompts", tmp_path / "long.txt", "--eval_samples", 2, "--out", tmp_path / "run")
+        "truth:gold", "--eval_prompts", tmp_path / "long.txt", "--eval_samples", 2, "--batch_size", 128,
+        "--out", tmp_path / "run")
     assert code == 0, err
     stdout.flush()
     out = stdout.buffer.getvalue().decode("cp1252")
@@ -1788,9 +1780,12 @@ def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
     bar = [line for line in re.split(r"[\n\r]", err) if line.startswith("PPO")][-1].strip()
     assert re.search(r"score=-?[\d.]+, gold=-12.34, kl=-?[\d.]+$", bar), "a number is cut"
     assert len(bar) <= 78, "there must be room for 75/75"
+    assert {*re.findall(r"measuring \d+ replies", err)} == {"measuring 256 replies"}, "before and after"
+    _, replies = json.loads((tmp_path / "run" / "before.json").read_text())
+    assert [row["prompt"] for row in replies] == [prompt, "c"] * 128
     samples = (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
-    assert prompt in samples, "the file has the whole"
-    assert samples.count("User: ") == 2 == samples.count("before score"), "one reply to each held-out prompt"
+    assert samples.count(f"User: {prompt}\n  before score") == 100 == samples.count("User: c\n"), (
+        "each held-out prompt once, with a reply of before and one of after; the file has the whole")
 
 
 # Models that readers bring
@@ -1983,18 +1978,6 @@ def test_a_judge_whose_first_labels_are_near_chance_is_warned_of(monkeypatch, re
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_measuring_is_bounded_and_says_how_much(bench, tmp_path, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    (tmp_path / "many.txt").write_text("ab\nc\nb\na\n" * 250)
-    code, _, err = run_main(capsys, *BENCH_FLAGS, "--batch_size", 128, "--iterations", 1, "--eval_prompts",
-                            tmp_path / "many.txt", "--out", tmp_path / "run", "--minibatch_size", 128)
-    assert code == 0, err
-    assert {*re.findall(r"measuring \d+ replies", err)} == {"measuring 256 replies"}, "before and after"
-    _, replies = json.loads((tmp_path / "run" / "before.json").read_text())
-    assert [row["prompt"] for row in replies] == ["ab", "c", "b", "a"] * 64
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("error", [
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError(),
     RuntimeError("inline_container.cc: file write failed\nat 0x7"), OSError(28, "No space left on device"),
@@ -2020,7 +2003,7 @@ def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_ref
     policy.transformer.ln_f.bias.requires_grad_(True)
     policy.disable_adapter, frozen = contextlib.nullcontext, weights_of(policy.transformer.h)
     for refused in ({"value": "separate"}, {"value": "preference"}, {"judge": str(bench / "judge")}):
-        score = letter_preference() if refused.get("value") else None
+        score = None if "judge" in refused else rlaif.PreferenceModel(scorer(), letters(), "{prompt}")
         config = toy_config(tmp_path, out=str(tmp_path / "run"), **refused)
         with pytest.raises(ValueError, match="adapter.*value shared"):
             rlaif.prepare(config, score, None, policy, letters())
@@ -2238,11 +2221,14 @@ def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_pa
 def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
     """What is trained in float32, or small steps are lost and that is said; the reference as the policy, and
     not rounded to its type; the preference model in dtype."""
-    for dtype in (torch.float32, torch.bfloat16):
-        run = rlaif.prepare(toy_config(tmp_path, **settings_of(bench, dtype=str(dtype).split(".")[1],
-                                                               micro_batch_size=5)))
+    for dtype in ("float32", "bfloat16"):
+        run = rlaif.prepare(toy_config(
+            tmp_path, policy=str(bench / "policy"), preference=str(bench / "preference"),
+            reference=str(bench / "other"), missing_eos_score=math.inf, micro_batch_size=5, dtype=dtype))
         assert run.score.chunk == 20, "what it reads at once grows with micro_batch_size"
-        assert run.score.model.dtype == dtype and run.policy.dtype == run.reference.dtype == torch.float32
+        assert run.score.template == run.config.template, "it reads another template"
+        assert run.score.model.dtype == getattr(torch, dtype)
+        assert run.policy.dtype == run.reference.dtype == torch.float32
     assert toy_run(tmp_path, policy=gpt2().double()).value.head.weight.dtype == torch.float64
     assert not [w for w in recwarn if "lose small steps" in str(w.message)]
     folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
