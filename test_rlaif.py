@@ -945,29 +945,25 @@ def small_world():
                                  values=values, exact=objective_gradient(*model, scores, BETA))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_expected_gradient_is_that_of_the_objective_whatever_the_values(small_world, level):
-    w = small_world
-    for values in (w.values, None):
-        found = expected_gradient(*w.model, w.scores, BETA, level, values=values)
-        close(found, w.exact, f"{level}: the policy does not climb E[score] - beta * KL", atol=1e-6)
-    optimal = BETA * w.kl.sum(dim=1)  # for which the policy is the best of all, pi_ref exp(r / beta)
-    found = expected_gradient(*w.model, optimal, BETA, level, values=w.values)
-    close(found, torch.zeros_like(found), f"{level}: there is a way up from the optimum", atol=1e-6)
-
-
-@pytest.mark.parametrize("how", ["batch", "k2", "k3", "whitened"])
-def test_the_expected_gradient_of_another_price_is_what_calculus_says(small_world, how):
-    """In a batch of two a response pays for half of its own KL and for nothing else; a k2 or k3 in the reward
-    is not the KL; with scores of std 1 beta is in stds of the score."""
+@pytest.mark.parametrize("how", ["token", "sequence", "batch", "k2", "k3", "whitened"])
+def test_the_expected_gradient_is_what_calculus_says_whatever_the_values(small_world, how):
+    """Paid by the token or at the end, KL leaves that of E[score] - beta * KL. In a batch of two a response
+    pays for half of its own KL and for nothing else; a k2 or k3 in the reward is not the KL; with scores of
+    std 1 beta is in stds of the score."""
     w = small_world
     given, price, kind, divisor = {
         "batch": ({"level": "batch"}, BETA / 2, "k1", 1), "k2": ({"kind": "k2"}, BETA, "k2", 1),
-        "k3": ({"kind": "k3"}, BETA, "k3", 1),
-        "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std)}[how]
-    found = expected_gradient(*w.model, w.scores, BETA, values=w.values, **given)
-    close(found, objective_gradient(*w.model, w.scores, price, kind) / divisor, f"{how}: not so", atol=1e-6)
-    assert (found - w.exact).norm() > 0.1 * w.exact.norm(), f"{how}: it should not be that of the objective"
+        "k3": ({"kind": "k3"}, BETA, "k3", 1), "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std),
+    }.get(how, ({"level": how}, BETA, "k1", 1))
+    for values in (w.values, None):
+        found = expected_gradient(*w.model, w.scores, BETA, values=values, **given)
+        close(found, objective_gradient(*w.model, w.scores, price, kind) / divisor, f"{how}: not so", 1e-6)
+    if how in ("token", "sequence"):
+        optimal = BETA * w.kl.sum(dim=1)  # for which the policy is the best of all, pi_ref exp(r / beta)
+        found = expected_gradient(*w.model, optimal, BETA, how, values=w.values)
+        close(found, torch.zeros_like(found), f"{how}: there is a way up from the optimum", atol=1e-6)
+    else:
+        assert (found - w.exact).norm() > 0.1 * w.exact.norm(), f"{how}: not to be that of the objective"
 
 
 def test_below_lambda_one_the_values_lend_their_errors_and_true_values_lend_none(small_world):
@@ -1004,26 +1000,22 @@ def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(tmp_path, beta):
     assert run.gap_closed >= 0.97, f"only {run.gap_closed:.1%} of the gap to the optimum is closed"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. The loop
-# ------------------------------------------------------------------------------------------------------------
+# 10. The loop -----------------------------------------------------------------------------------------------
 
 
 def random_judge(seed=0, **special):
     return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
 
 
-def toy_train(folder, score=count_a, policy=None, **settings):
-    """Run `train` on the letter models -> (policy, list of metrics)."""
-    policy = policy or gpt2()
-    config = toy_config(folder, **settings)
-    return policy, list(rlaif.train(config, score=score, policy=policy, tokenizer=letters()))
-
-
 def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **settings):
     """`prepare` on the letter models -> Run."""
     config = toy_config(folder, **settings)
     return rlaif.prepare(config, score, gold, policy or gpt2(), tokenizer or letters())
+
+
+def toy_train(*args, **settings):
+    """The same, trained -> list of metrics."""
+    return list(rlaif.iterate(toy_run(*args, **settings)))
 
 
 def scorer(seed=0, outputs=1, **settings):
@@ -1210,7 +1202,7 @@ def norm(gradient):
 @pytest.mark.parametrize("settings", [
     {"max_grad_norm": 0.05, "value": "shared"},
     {"entropy_coef": 0.3, "whiten_advantages": False, "micro_batch_size": 64, "adam_epsilon": 3e-3},
-    {"value_coef": 1.0, "clip": 0.02, "value_clip": 0.03, "batch_size": 7, "micro_batch_size": 1},
+    {"value_coef": 1.0, "clip": 0.02, "value_clip": 0.03, "batch_size": 7},
     {"stop_kl": 1e-3, "value": "preference"},
     {"stop_kl": 0.02, "micro_batch_size": 1},
 ])
@@ -1403,12 +1395,11 @@ def test_train_is_the_two_halves_of_the_loop_and_the_random_numbers_are_the_runs
     assert all_equal(before, weights_of(run.policy)), "after the last iteration the rate is 0, not negative"
 
 
-def with_head_bias(token, bias):
-    """A policy that writes the token always (1e4) or never (-1e4)."""
+def with_eos_bias(bias):
+    """A policy that ends at once (1e4) or never (-1e4)."""
     policy = gpt2()
     policy.lm_head = torch.nn.Linear(32, 4)
-    torch.nn.init.constant_(policy.lm_head.bias, 0.0)
-    policy.lm_head.bias.data[token] = bias
+    policy.lm_head.bias.data = bias * (torch.arange(4) == EOS)
     return policy
 
 
@@ -1454,22 +1445,22 @@ def test_beta_is_kept_or_steered_by_the_kl_of_whole_responses_once_the_batch_is_
 
 
 def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_nothing_is_learned(tmp_path):
-    never = with_head_bias(EOS, -1e4)
+    never = with_eos_bias(-1e4)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         toy_train(tmp_path, policy=copy.deepcopy(never), missing_eos_score=math.inf, iterations=1)
         assert not said, "where a missing EOS has no price, there is nothing to warn of"
-        _, history = toy_train(tmp_path, policy=never, iterations=2, ppo_epochs=1)
+        history = toy_train(tmp_path, policy=never, iterations=2, ppo_epochs=1)
     texts = [str(warning.message) for warning in said]
     assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
     (tmp_path / "many.txt").write_text("ab\nc\n" * 8)
     with pytest.warns(UserWarning, match="only [1-9].?%.*max_new_tokens.*missing_eos_score"):
-        toy_run(tmp_path, policy=with_head_bias(EOS, -1.0), prompts=str(tmp_path / "many.txt"))
+        toy_run(tmp_path, policy=with_eos_bias(-1.0), prompts=str(tmp_path / "many.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        toy_run(tmp_path, policy=with_head_bias(EOS, 1.0))
+        toy_train(tmp_path, policy=with_eos_bias(1.0), iterations=1, ppo_epochs=1)
 
 
 def test_where_there_is_no_eos_every_response_counts_as_finished(tmp_path, recwarn):
@@ -1489,9 +1480,6 @@ def test_what_cannot_learn_is_an_error_or_a_warning(tmp_path):
     policy.unused = torch.nn.Parameter(torch.zeros(1))
     with pytest.warns(UserWarning, match="moved no parameter"):
         toy_train(tmp_path, policy=policy, iterations=1, missing_eos_score=math.inf)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        toy_train(tmp_path, iterations=1, missing_eos_score=math.inf)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1600,9 +1588,7 @@ def test_no_setting_is_ignored():
         assert re.search(rf"\bconfig\.{field.name}\b", SOURCE), f"nothing reads {field.name}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 11. The edge: what users bring, and what goes wrong
-# ------------------------------------------------------------------------------------------------------------
+# 11. The edge: what users bring, and what goes wrong --------------------------------------------------------
 
 
 def spoilt(model):
@@ -1672,9 +1658,14 @@ def assert_no_line_wraps(out, err):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes most of the time of so short a run."""
+def in_bench(bench, monkeypatch):
+    """The bench as working directory, a terminal of 80 columns, and no pictures, which would take most of the
+    time of so short a run."""
+    monkeypatch.chdir(bench)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("LINES", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    return bench
 
 
 TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2, "--batch_size", 4,
@@ -1705,15 +1696,13 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
 
 
 @pytest.mark.parametrize("flag", BAD_FLAGS, ids=lambda flag: " ".join(map(str, flag)))
-def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(
-        flag, bench, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    before = sorted(bench.rglob("*"))
+def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(flag, in_bench, capsys):
+    before = sorted(in_bench.rglob("*"))
     code, out, err = run_main(capsys, *BENCH_FLAGS, *flag)
     message = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and len(message) == 1 and message[0].startswith("rlaif: ") and not out, err
     assert all(word in message[0] for word in BAD_FLAGS[flag].split()), message[0]
-    assert sorted(bench.rglob("*")) == before, "nothing may be written before all is known to be good"
+    assert sorted(in_bench.rglob("*")) == before, "nothing may be written before all is known to be good"
 
 
 @pytest.mark.parametrize("flags", [["--beta", "high"], ["--kl_level", "word"]])
@@ -1726,9 +1715,7 @@ def test_a_flag_that_argparse_does_not_take_ends_with_its_own_line(flags, capsys
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_whole_pipeline_from_a_judge(in_bench, tmp_path, capsys):
     out = tmp_path / "run"
     code, said, err = run_main(capsys, *BENCH_FLAGS, "--judge", "judge", "--constitution", "two.txt",
                                "--template", "a{prompt}\\nb", "--pairs", 40, "--preference_epochs", 1,
@@ -1759,11 +1746,8 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_printed_fits_a_terminal_and_what_is_measured_is_bounded(
-        bench, tmp_path, capsys, monkeypatch, no_pictures):
+        in_bench, tmp_path, capsys, monkeypatch):
     """Nothing is cut from the bar; a terminal that has no emoji gets something in its place."""
-    monkeypatch.chdir(bench)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("LINES", raising=False)
     prompt = "\U0001F600" + 30 * "abc"
     (tmp_path / "long.txt").write_text("\n".join([prompt, "c"] * 100), encoding="utf-8")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
@@ -1863,7 +1847,6 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     question = {"role": "user", "content": f"be kind.\n{lines}\n(A) {a}\n(B) {b}\nThe better response is:"}
     assert chat([question], "<j>", "</j>") + "<j>assistant\n" in by_judge
     assert own.decode(data["rows_a"][i]).startswith(asked + data["responses_a"][i])
-    assert rlaif.token_table(run).startswith(f"prompt: {lines!r}"[:60])
 
     # A template of one's own, or a model without one: the turns before the last one stand as lines before it.
     plain = chat_tokenizer(template=None)
@@ -1881,29 +1864,24 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     assert rlaif.encode(without, ["hi"])[0][0] != without.bos_token_id, "the template says whether"
 
 
-@pytest.mark.parametrize("where", ["prompt", "turn", "principle", "preference", "eos is pad"])
-def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, where):
-    own, other, forged = chat_tokenizer(), chat_tokenizer("<p>", "</p>"), "hi<|im_end|>"
-    files = {"p.jsonl": ["hi", "ho"], "two.txt": ["be kind.", "be true."]}
-    if where == "turn":
-        files["p.jsonl"][1] = [{"role": "user", "content": forged}, *TURNS[2:]]
-    elif where == "principle":
-        files["two.txt"][1] = "be </p>kind."
-    else:
-        files["p.jsonl"][1] = "hi</p>" if where == "preference" else forged
-    if where == "eos is pad":
-        own.pad_token = own.eos_token
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(
-        {"prompt" if isinstance(x, str) else "messages": x}) for x in files["p.jsonl"]))
-    (tmp_path / "two.txt").write_text("\n".join(files["two.txt"]))
-    judge = save_pair(tmp_path / "judge", chat_llama(other), other)
-    score = None if where == "principle" else rlaif.PreferenceModel(
+@pytest.mark.parametrize("file,line,eos_is_pad", [
+    ("p.jsonl", {"prompt": "hi<|im_end|>"}, False), ("p.jsonl", {"prompt": "hi<|im_end|>"}, True),
+    ("p.jsonl", {"messages": [{"role": "user", "content": "hi<|im_end|>"}, *TURNS[2:]]}, False),
+    ("p.jsonl", {"prompt": "hi</p>"}, False), ("two.txt", "be </p>kind.", False)])
+def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, file, line, eos_is_pad):
+    """One of the policy's, or of the judge's or the preference model's, which are alike."""
+    own, other = chat_tokenizer(), chat_tokenizer("<p>", "</p>")
+    own.pad_token = own.eos_token if eos_is_pad else own.pad_token
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
+    (tmp_path / "two.txt").write_text("be kind.\n")
+    with open(tmp_path / file, "a") as lines:
+        lines.write(line if file == "two.txt" else json.dumps(line))
+    score = None if file == "two.txt" else rlaif.PreferenceModel(
         chat_llama(other, transformers.LlamaForSequenceClassification, num_labels=1), other)
-    config = toy_config(tmp_path, prompts=str(tmp_path / "p.jsonl"), template=None, judge=judge,
+    config = toy_config(tmp_path, prompts=str(tmp_path / "p.jsonl"), template=None,
+                        judge=save_pair(tmp_path / "judge", chat_llama(other), other),
                         constitution=str(tmp_path / "two.txt"), out=str(tmp_path / "run"))
-    file = "two.txt" if where == "principle" else "p.jsonl"
-    token = "</p>" if where in ("principle", "preference") else r"<\|im_end\|>"
-    with pytest.raises(ValueError, match=f"{file}, line 2.*{token}"):
+    with pytest.raises(ValueError, match=rf"{file}, line 2.*(</p>|<\|im_end\|>)"):
         rlaif.prepare(config, score, None, chat_llama(own), own)
     assert not (tmp_path / "run").exists()
 
@@ -1982,9 +1960,7 @@ def test_a_judge_whose_first_labels_are_near_chance_is_warned_of(monkeypatch, re
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError(),
     RuntimeError("inline_container.cc: file write failed\nat 0x7"), OSError(28, "No space left on device"),
     KeyboardInterrupt()])
-def test_errors_of_the_machine_are_one_sentence_too(bench, tmp_path, capsys, monkeypatch, no_pictures, error):
-    monkeypatch.chdir(bench)
-
+def test_errors_of_the_machine_are_one_sentence_too(in_bench, tmp_path, capsys, monkeypatch, error):
     def fail(*args):
         raise error
     with monkeypatch.context() as patch:
@@ -2018,32 +1994,30 @@ def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_ref
 # Resuming
 
 
-JUDGED_SO_FAR = ["config.json", "labels.pt"]
 CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
-    "while judging": ("judge_pairs", 2, JUDGED_SO_FAR),
-    "in the fit": ("preference_loss", 2, JUDGED_SO_FAR),
-    "before the first checkpoint": ("record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
-    "between two checkpoints": ("record", 4, [
-        "checkpoint.pt", "config.json", "labels.pt", "metrics.jsonl", "preference"]),
-    "after the last iteration": ("never", 1, [
-        "checkpoint.pt", "config.json", "labels.pt", "metrics.jsonl", "policy", "preference"]),
-    "without a judge": ("record", 4, ["checkpoint.pt", "config.json", "metrics.jsonl"]),
+    "while judging": ("judge_pairs", 2, "config.json labels.pt"),
+    "in the fit": ("preference_loss", 2, "config.json labels.pt"),
+    "before the first checkpoint": ("record", 2, "config.json labels.pt metrics.jsonl preference"),
+    "between two checkpoints": ("record", 4, "checkpoint.pt config.json labels.pt metrics.jsonl preference"),
+    "after the last iteration": (
+        "never", 1, "checkpoint.pt config.json labels.pt metrics.jsonl policy preference"),
+    "without a judge": ("record", 4, "checkpoint.pt config.json metrics.jsonl"),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cut", CUTS)
-def test_a_run_goes_on_as_if_it_had_not_been_cut(bench, tmp_path, monkeypatch, no_pictures, device, cut):
+def test_a_run_goes_on_as_if_it_had_not_been_cut(in_bench, tmp_path, monkeypatch, device, cut):
     """From files alone, and its last iteration is no multiple of save_every. The same bytes in metrics.jsonl
     and the same bits in the weights; labels are not asked for again."""
-    settings = {"policy": str(bench / "policy"), "reference": str(bench / "other"), "iterations": 5,
+    settings = {"policy": str(in_bench / "policy"), "reference": str(in_bench / "other"), "iterations": 5,
                 "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
                 "eval_samples": 1, "device": device}
     if cut == "without a judge":
-        settings |= {"preference": str(bench / "preference"), "value": "separate", "value_head": "random",
+        settings |= {"preference": str(in_bench / "preference"), "value": "separate", "value_head": "random",
                      "beta_control": "batch", "kl_target": 0.1}
     else:
-        settings |= {"judge": str(bench / "judge"), "value": "preference", "pairs": 40,
+        settings |= {"judge": str(in_bench / "judge"), "value": "preference", "pairs": 40,
                      "preference_epochs": 2}
     (function, call, there), calls, runs = CUTS[cut], [], [tmp_path / "whole", tmp_path / "cut"]
 
@@ -2056,7 +2030,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(bench, tmp_path, monkeypatch, n
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(rlaif, function, killed, raising=False)
         list(rlaif.train(toy_config(tmp_path, **settings, out=str(runs[1]))))
-    assert sorted(os.listdir(runs[1])) == there
+    assert sorted(os.listdir(runs[1])) == there.split()
     if cut == "while judging":
         assert len(torch.load(runs[1] / "labels.pt")["prob_a"]) == 32, "the first chunk of labels is kept"
     elif function != "never":
@@ -2142,14 +2116,13 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     settings = {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "device": "cpu"}
     config = toy_config(tmp_path, beta=default.beta + 0.5, lam=0.5, save_every=1, out="run", **settings)
     run = rlaif.prepare(config)
-    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16,
-               "minibatch_size": 5, "seed": 3}
+    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16, "seed": 3}
     with pytest.raises(ValueError, match=rf"beta \(was {run.config.beta}, now 7.5\)") as error:
         rlaif.prepare(rlaif.Config(resume="run", save_every=3, micro_batch_size=7, **changed))
     assert [name for name in vars(config) if f"{name} (was" in str(error.value)] == [
         name for name in vars(config) if name in changed]
-    again = rlaif.Config(resume="run", beta=run.config.beta, save_every=3, micro_batch_size=7)
-    again = rlaif.prepare(again).config
+    again = rlaif.prepare(rlaif.Config(
+        resume="run", beta=run.config.beta, save_every=3, micro_batch_size=7)).config
     assert (again.save_every, again.micro_batch_size) == (3, 7), "these may change"
     code, _, err = run_main(capsys, "--resume", "run", "--beta", default.beta)
     assert code == 2 and f"beta (was {run.config.beta}, now {default.beta})" in err, "given by hand it counts"
@@ -2287,8 +2260,7 @@ def test_the_settings_come_from_the_flags_and_the_paths_from_beside_the_file(tmp
         assert f"--{field.name}" in said and field.metadata["help"].split(":")[0] in said, field.name
 
 
-def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(
-        bench, tmp_path, capsys, monkeypatch, no_pictures):
+def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(in_bench, tmp_path, capsys, monkeypatch):
     """By kill -9, which nothing can catch, in a process of its own: its truth, asked once before the training
     and then once an iteration, does that when it is asked for the sixth time."""
     monkeypatch.chdir(tmp_path)
@@ -2302,7 +2274,7 @@ def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(
                 os.kill(os.getpid(), 9)
             return [0.5] * len(responses)"""))
     for name in ("policy", "preference", "p.txt"):
-        os.symlink(bench / name, name)
+        os.symlink(in_bench / name, name)
     out, file = pathlib.Path("my runs/it's one"), str(HERE / "rlaif.py")
     command = [sys.executable, file, *map(str, BENCH_FLAGS), "--iterations", "7", "--save_every", "3",
                "--gold", "killer:gold", "--out", str(out)]
@@ -2330,9 +2302,7 @@ def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(
     close(lines["kl"].get_xydata(), [[1, 0.2], [2, 0.4]], "a curve shows other numbers")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tiny world
-# ------------------------------------------------------------------------------------------------------------
+# The tiny world ---------------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from(world.PROMPTS + world.HELDOUT_PROMPTS), st.integers(0, 2**31))
@@ -2367,9 +2337,7 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "Any t\u00e9xt,\n \U0001F600!"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Notebooks
-# ------------------------------------------------------------------------------------------------------------
+# Notebooks --------------------------------------------------------------------------------------------------
 
 SOURCE = (HERE / "rlaif.py").read_text(encoding="utf-8")
 
@@ -2400,27 +2368,23 @@ def test_readmes_steps_of_rloo_and_grpo_learn_without_a_critic(tmp_path):
     names = {name: getattr(rlaif, name) for name in ("roll_out", "update", "whiten", "kl_estimate")}
     for block in re.findall(r"```python\n(def \w+_step.*?)```", readme, re.DOTALL):
         exec(block, names)
-    for step, settings in ((names["rloo_step"], {}), (names["grpo_step"], {"beta": 0.0})):
-        run = toy_run(tmp_path, value_coef=0.0, missing_eos_score=math.inf, ppo_epochs=1, **settings)
+    for step, beta in ((names["rloo_step"], 0.2), (names["grpo_step"], 0.0)):
+        run = toy_run(tmp_path, value_coef=0.0, missing_eos_score=math.inf, ppo_epochs=1, beta=beta)
         before = weights_of(run.policy)
-        metrics = step(run, ["ab", "c", "ab"])
-        r = run.rollout
-        assert r.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
-        assert metrics["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
-        if not run.beta:
-            close(r.whitened[:, 0].view(3, 4).sum(dim=1), torch.zeros(3), "not 0 in a group", atol=1e-5)
-            again, pulled = (copy.deepcopy(run) for _ in "ab")
-            step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
-            assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
+        assert step(run, ["ab", "c", "ab"])["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
+        assert run.rollout.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
+    sums = run.rollout.whitened[:, 0].view(3, 4).sum(dim=1)
+    close(sums, torch.zeros(3), "not 0 in a group", atol=1e-5)
+    again, pulled = (copy.deepcopy(run) for _ in "ab")
+    step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
+    assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
 
 
 def test_every_section_is_a_cell_and_they_stand_in_order():
     markers = re.findall(r"^# %% (.*)$", SOURCE, re.MULTILINE)
     assert SOURCE.startswith(f"# %% {markers[0]}\n"), "the first stands on line 1"
-    numbered = [int(marker.split(".")[0]) for marker in markers if marker[0].isdigit()]
-    assert numbered == list(range(12)), "sections 0 to 11, each once and in order"
-    named = re.findall(r"^# %%? ?(\d+)\.", SOURCE, re.MULTILINE)
-    assert [int(number) for number in named] == numbered, "a section has lost its marker"
+    numbered = [marker.split(".")[0] for marker in markers if marker[0].isdigit()]
+    assert numbered == [*map(str, range(12))], "sections 0 to 11, each once and in order"
 
 
 def test_each_public_function_needs_nothing_but_torch_when_it_is_copied_alone():
@@ -2431,6 +2395,3 @@ def test_each_public_function_needs_nothing_but_torch_when_it_is_copied_alone():
             code += [inner for inner in part.co_consts if isinstance(inner, types.CodeType)]
         needed = {i.argval for part in code for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"}
         assert needed - {*dir(builtins)} <= {"torch", "logsigmoid"} and function.__doc__, function.__name__
-
-
-# What tiny_models/experiments says of all this is proven beside it.
