@@ -1353,6 +1353,7 @@ def test_only_policy_and_value_function_change_from_where_they_start_and_without
                    for module in model.modules()), "dropout is on"
     assert not any(x.requires_grad for x in run.reference.parameters()), "the reference would keep a graph"
     assert all_equal(weights_of(run.reference), weights_of(w.reference)), "the reference is another"
+    assert run.value.head.weight.any(), "value_head random"
     models = run.policy, run.value, run.reference, w.preference.model
     if run.value.trunk:
         source = {"separate": run.policy, "preference": w.preference.model}[value].base_model
@@ -2201,7 +2202,8 @@ def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
         assert run.score.template == run.config.template, "it reads another template"
         assert run.score.model.dtype == getattr(torch, dtype)
         assert run.policy.dtype == run.reference.dtype == torch.float32
-    assert toy_run(tmp_path, policy=gpt2().double()).value.head.weight.dtype == torch.float64
+    head = toy_run(tmp_path, policy=gpt2().double()).value.head.weight
+    assert head.dtype == torch.float64 and not head.any(), "value_head zero"
     assert not [w for w in recwarn if "lose small steps" in str(w.message)]
     folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
