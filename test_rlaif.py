@@ -1980,7 +1980,7 @@ def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_ref
     policy.disable_adapter, frozen = contextlib.nullcontext, weights_of(policy.transformer.h)
     for refused in ({"value": "separate"}, {"value": "preference"}, {"judge": str(bench / "judge")}):
         score = None if "judge" in refused else rlaif.PreferenceModel(scorer(), letters(), "{prompt}")
-        config = toy_config(tmp_path, out=str(tmp_path / "run"), **refused)
+        config = toy_config(tmp_path, out=str(tmp_path / "run"), pairs=4, **refused)
         with pytest.raises(ValueError, match="adapter.*value shared"):
             rlaif.prepare(config, score, None, policy, letters())
     assert not (tmp_path / "run").exists(), "refused before anything is written"
@@ -2330,8 +2330,10 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
     for name in ("score", "gold"):
         assert after[name] > before[name] + 0.25, f"{before} -> {after}"
     judge, own = rlaif.load(AutoModelForCausalLM, str(HERE / "tiny_models/judge"), "judge", "cpu")
-    best, others = map(world.best_reply, run.held_out), [row["response"] for row in replies[:12]]
-    labels = rlaif.judge_pairs(judge, own, rlaif.CONSTITUTION, run.held_out, [*best], others)
+    prompts, others = zip(*((row["prompt"], row["response"]) for row in replies))
+    best = [*map(world.best_reply, prompts)]
+    labels = rlaif.judge_pairs(judge, own, rlaif.CONSTITUTION, prompts, best, others)
+    # 0.69 is found; a judge that guesses, or always takes the first, says 0.5.
     assert labels.mean() > 0.6, "the shipped judge does not prefer the best replies"
     for tokenizer in (run.tokenizer, own, run.score.tokenizer):
         ids = tokenizer("Any t\u00e9xt,\n \U0001F600!").input_ids
