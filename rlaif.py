@@ -254,14 +254,14 @@ class Run:
     @contextlib.contextmanager
     def own_random(self):
         """A context in which torch's random numbers are the run's. After it the caller's go on as before."""
-        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        with torch.random.fork_rng([self.device.index or 0] if gpu else [], device_type=self.device.type):
+        cpu = self.device.type == "cpu"
+        generators = [torch] if cpu else [torch, torch.get_device_module(self.device)]
+        with torch.random.fork_rng([] if cpu else [self.device.index or 0], device_type=self.device.type):
             torch.manual_seed(self.config.seed)
-            for module, state in zip((torch, gpu), self.random or []):
-                if module and state is not None:
-                    module.set_rng_state(state)
+            for generator, state in zip(generators, self.random or []):
+                generator.set_rng_state(state)
             yield
-            self.random = [torch.get_rng_state(), gpu and gpu.get_rng_state()]
+            self.random = [generator.get_rng_state() for generator in generators]
 
     def require_finite(self, x, what):
         """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
@@ -635,9 +635,11 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
     preference.chunk = 4 * config.micro_batch_size
     prompts = [prompts[i] for i in balanced_draw(len(prompts), config.pairs)]
     data = {"responses_a": [], "responses_b": [], "rows_a": [], "rows_b": [], "prob_a": []}
+    generators = [torch] if policy.device.type == "cpu" else [torch, torch.get_device_module(policy.device)]
     if kept and kept.exists():
         data = torch.load(kept, weights_only=True)
-        torch.set_rng_state(data.pop("random"))
+        for generator, state in zip(generators, data.pop("random")):
+            generator.set_rng_state(state)
     size, worth = min(256, 4 * config.batch_size), {}
     for start in tqdm(range(len(data["prob_a"]), len(prompts), size), desc="sampling and judging"):
         chunk = prompts[start:start + size]
@@ -653,8 +655,8 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             if worth["same"] < 0.6 or not 0.3 <= worth["first"] <= 0.7 or worth["hold"] < 0.5:
                 warnings.warn("the judge is near chance; a small one is better not asked", stacklevel=4)
         if kept:
-            state = {**data, "random": torch.get_rng_state()}
-            write_whole(kept, lambda new: torch.save(state, new))
+            states = [generator.get_rng_state() for generator in generators]
+            write_whole(kept, lambda new: torch.save({**data, "random": states}, new))
     data["prob_a"] = torch.tensor(data["prob_a"])
     report = fit_preference(preference, data["rows_a"], data["rows_b"], data["prob_a"],
                             config.preference_epochs, learning_rate=config.preference_learning_rate,
@@ -1183,17 +1185,15 @@ def check_config(config):
 def resumed(config):
     """The settings of the run in config.resume, and the names of the arguments that its caller passed. Raises
     ValueError if it holds no run, or if `config` asks for other settings."""
-    folder = config.resume
-    with trying(f"resume: {folder}/config.json is not the config of a run"):
-        settings = json.loads(pathlib.Path(folder, "config.json").read_text(encoding="utf-8"))
+    with trying(f"resume: {config.resume}/config.json is not the config of a run"):
+        settings = json.loads(pathlib.Path(config.resume, "config.json").read_text(encoding="utf-8"))
         passed = settings.pop("passed")
-        saved = Config(**{**settings, "out": folder, "resume": folder})
+        saved = Config(**{**settings, "out": config.resume, "resume": config.resume})
     # On the command line what was saved is the default; in Python what is at its default was not asked for.
     asked = {name: value for name, value in vars(config).items() if value != getattr(saved, name)
-             and (config.out == folder or value != getattr(Config(), name))}
-    changed = [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in asked.items()
-               if name not in CAN_CHANGE]
-    if changed:
+             and (config.out == config.resume or value != getattr(Config(), name))}
+    if changed := [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in asked.items()
+                   if name not in CAN_CHANGE]:
         raise ValueError(f"resume: these settings changed and may not: {', '.join(changed)}")
     return replace(saved, **asked), passed
 
@@ -1249,12 +1249,12 @@ def load_prompts(run, judge):
         read[name] = read_prompts(path, name, tokenizer) if path else []
         for number, prompt in enumerate(read[name], start=1):
             for reader, (model, own, ids_of, room) in readers.items():
-                with trying(f"{name} {path}, line {number}"):
+                with trying(f"{name} {path}, line {number}: for the {reader}"):
                     require_plain(prompt, own, writes=reader == "policy")
                     row = ids_of(prompt)
                     if len(row) + room > context_of(model):
                         raise ValueError(f"{len(row)} tokens of prompt and {room} of response are more than "
-                                         f"the {reader}'s context, {context_of(model)}")
+                                         f"the context, {context_of(model)}")
                     longest[reader] = max(longest[reader], row + row[-1:] * room, key=len)
     for reader, row in longest.items():
         with trying(f"{reader}: this {type(readers[reader][0]).__name__} cannot be used"), run.autocast():
@@ -1311,17 +1311,16 @@ def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=No
                                                output_loading_info=True, ignore_mismatched_sizes=True)
             if wrong := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
                 raise ValueError(f"its weights do not fill {min(wrong)}")
+            if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
+                raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
     with trying(f"{name}: cannot load a tokenizer from {path}"):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, **source)
         unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
         top = max(set(tokenizer.get_vocab().values()) - unused)
         rows = model.get_input_embeddings().num_embeddings
-    with trying(f"{name}: this {type(model).__name__} cannot be used"):
-        if not 0 < top < rows:
-            raise ValueError(f"its tokenizer writes ids up to {top}, its embedding has {rows} rows")
-        if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
-            raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
+    if not 0 < top < rows:
+        raise ValueError(f"{name}: its tokenizer writes ids up to {top}, its embedding has {rows} rows")
     return model.to(device).eval(), tokenizer
 
 
@@ -1460,12 +1459,13 @@ def record(run, metrics):
     to metrics.jsonl; every `save_every` iterations and at the end, write a checkpoint: all that the rest of
     the run depends on and that its settings do not tell; at the end, the policy too."""
     config, scores, out = run.config, run.rollout.scores, run.config.out and pathlib.Path(run.config.out)
-    if len(scores) > 1 and (scores == scores[0]).all():
+    alike = (scores == scores[0]).all()
+    if alike:
         why = "" if metrics["eos_fraction"] else "no response ended (max_new_tokens, missing_eos_score), so "
         warnings.warn(f"{why}all scores are equal and teach nothing", stacklevel=3)
     elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
         warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
-    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 else 0
+    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 and not alike else 0
     if run.poor_values == 5:
         warnings.warn("5 times the values were worse than none (explained_variance below -0.5): set "
                       'value_head to "zero", or raise learning_rate or value_coef', stacklevel=3)
