@@ -10,9 +10,12 @@ allows a difference says how large a mistake it lets through.
     RLAIF_SEARCH=2000 pytest     that many random examples per property
 """
 
+import builtins
+import collections
 import contextlib
 import copy
 import dataclasses
+import dis
 import inspect
 import io
 import itertools
@@ -48,7 +51,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           PreTrainedTokenizerFast, FalconConfig, FalconForCausalLM,
                           GPT2ForSequenceClassification, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
                           LlamaForCausalLM, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification)
+                          Qwen2Config, Qwen2ForCausalLM)
 
 import rlaif
 from rlaif import (dense_scores, gae, generate, kl_estimate, masked_mean, policy_loss, preference_loss,
@@ -197,13 +200,15 @@ def uneven_world(folder=None, own_tokens=False, **settings):
     ends        A reply ends with the tokenizer's <eos> or, by the generation config, with "!", which is text.
                 The preference model's PAD is "c", with which replies may end.
     models      Policy, reference and preference model differ in weights, width and context; none is tied.
-    data        Prompts are of different lengths and unlike their template; the held-out ones are others.
+    data        Prompts are of different lengths and unlike their two templates; the held-out ones are others.
     settings    None is a default or equals another that it could be taken for; the minibatch does not divide
-                the batch, nor save_every the iterations.
+                the batch, nor the micro-batch the minibatch, nor save_every the iterations.
 
-    `prepare(**changes)`, which needs a folder, gives a Run with that reference and a price that has moved.
+    `prepare(**changes)`, which needs a folder, gives a Run whose price has moved since its start.
     """
     w = types.SimpleNamespace(prompts=["Ab", "c a", "bcab C"], held_out=["Ba", "aa c b"])
+    w.read = [["<bos>", *words.split("|")] for words in (  # by the policy; the template's \n is dropped
+        "q|:| |ab|a|:", "q|:| c| |a|a|:", "q|:| |b|c|ab| c|a|:")]
     lower = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("\n", "")])
     w.tokenizer = bpe(POLICY_WORDS, "<bos> $A", lower, eos_token="<eos>", pad_token="<pad>")
     w.policy = gpt2(13, seed=14, context=48, tie_word_embeddings=False)
@@ -212,27 +217,37 @@ def uneven_world(folder=None, own_tokens=False, **settings):
     own = bpe(SCORED_WORDS, "<start> $A <end>", eos_token="<end>")
     scorer = gpt2(16, seed=3, kind=GPT2ForSequenceClassification, context=80, n_embd=40, num_labels=1,
                   pad_token_id=SCORED_WORDS.index("c"))
-    w.preference = rlaif.PreferenceModel(scorer, w.tokenizer if own_tokens else own, "Q: {prompt}\nA:")
-    for name, lines in (("prompts", w.prompts), ("eval_prompts", w.held_out)):
-        if folder:
+    w.preference = rlaif.PreferenceModel(scorer, w.tokenizer if own_tokens else own, "B{prompt}: ")
+    if folder:
+        settings.setdefault("reference", save_pair(folder / "reference", w.reference, w.tokenizer))
+        for name, lines in (("prompts", w.prompts), ("eval_prompts", w.held_out)):
             (folder / f"{name}.txt").write_text("\n".join(lines))
             settings.setdefault(name, str(folder / f"{name}.txt"))
     w.config = rlaif.Config(**{
         "template": "Q: {prompt}\nA:", "pairs": 34, "preference_epochs": 2, "preference_learning_rate": 4e-3,
-        "iterations": 5, "batch_size": 8, "minibatch_size": 3, "ppo_epochs": 2, "max_new_tokens": 6,
-        "temperature": 0.8, "beta": 0.37, "kl_target": 0.9, "kl_horizon": 71.0, "missing_eos_score": -1.7,
-        "value": "separate", "value_head": "random", "gamma": 0.93, "lam": 0.81, "clip": 0.13,
-        "value_clip": 0.29, "value_coef": 0.17, "entropy_coef": 0.019, "stop_kl": 9.0, "learning_rate": 3e-3,
-        "adam_epsilon": 2e-5, "max_grad_norm": 0.6, "seed": 3, "device": "cpu", "eval_samples": 3,
-        "save_every": 2, **settings})
+        "iterations": 5, "batch_size": 8, "minibatch_size": 3, "micro_batch_size": 2, "ppo_epochs": 2,
+        "max_new_tokens": 6, "temperature": 0.8, "beta": 0.37, "kl_target": 0.9, "kl_horizon": 71.0,
+        "missing_eos_score": -1.7, "value": "separate", "value_head": "random", "gamma": 0.93, "lam": 0.81,
+        "clip": 0.13, "value_clip": 0.29, "value_coef": 0.17, "entropy_coef": 0.019, "stop_kl": 9.0,
+        "learning_rate": 3e-3, "adam_epsilon": 2e-5, "max_grad_norm": 0.6, "seed": 3, "device": "cpu",
+        "eval_samples": 3, "save_every": 2, **settings})
+    for model in (w.policy, scorer):
+        model.to(w.config.device)
 
     def prepare(**changes):
         config = dataclasses.replace(w.config, **changes)
         run = rlaif.prepare(config, w.preference, count_a, w.policy, w.tokenizer)
-        run.reference, run.beta = w.reference, 1.4 * run.beta
+        run.beta *= 1.4
         return run
     w.prepare = prepare
     return w
+
+
+def save_pair(folder, model, tokenizer):
+    """Write an ordinary model folder -> its path."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 ALPHABET = sorted(set("".join(rlaif.CONSTITUTION) + rlaif.JUDGE_QUESTION + "AB()abcdefgh\n<|>usertinxX"))
@@ -283,14 +298,14 @@ def test_a_judge_answers_at_the_first_token_in_which_its_answers_differ(make, ca
 
 
 def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_answers(monkeypatch):
-    """Against a judge that answers every question by a number drawn for it."""
+    """Against a judge that answers every question by two numbers drawn for it."""
     asked, answers, principles, draw = [], {}, ["kinder", "safer", "clearer"], random.Random(0)
 
     def ask_judge(judge, tokenizer, questions, *more, **even_more):
         assert (judge, tokenizer) == ("judge", "its tokenizer")
         asked.extend(questions)
-        prob_a = torch.tensor([answers.setdefault(text, draw.random()) for text in questions])
-        return torch.stack([prob_a, 1 - prob_a], dim=1).log()
+        p, hold = torch.tensor([answers.setdefault(x, (draw.random(), draw.random())) for x in questions]).T
+        return (torch.stack([p, 1 - p], dim=1) * hold[:, None]).log()
     monkeypatch.setattr(rlaif, "ask_judge", ask_judge)
     prompts, a, b = ([f"{side}{i} {{a}} " for i in range(5)] for side in ("q", " a", "b"))
 
@@ -298,17 +313,21 @@ def test_judge_pairs_asks_every_principle_once_in_each_order_and_averages_all_an
         return rlaif.judge_pairs("judge", "its tokenizer", principles, prompts, a, b, **more)
 
     def questions(first, second):
-        return [[f"{principle}\nUser: {x}\n(A) {one.strip()}\n(B) {other.strip()}\nThe better response is:"
-                 for principle in principles] for x, one, other in zip(prompts, first, second)]
-    both, expected = labels(a, b), []
-    assert sorted(asked) == sorted(sum(questions(a, b) + questions(b, a), [])), (
+        return [f"{principle}\nUser: {x}\n(A) {one.strip()}\n(B) {other.strip()}\nThe better response is:"
+                for x, one, other in zip(prompts, first, second) for principle in principles]
+    worth = {}
+    both = labels(a, b, worth=worth)
+    assert sorted(asked) == sorted(questions(a, b) + questions(b, a)), (
         "each pair must be asked about once under each principle and in each order, without outer spaces")
-    for ab, ba in zip(questions(a, b), questions(b, a)):
-        expected.append(sum([answers[text] for text in ab] + [1 - answers[text] for text in ba]) / 6)
-    close(both, expected, "not the mean of the answers about its own pair, 1 - p in the second order", 1e-6)
+    ab, ba = (f64(*(answers[text] for text in questions(*pair))).view(5, 3, 2) for pair in ((a, b), (b, a)))
+    once, swapped = ab[..., 0], ba[..., 0]
+    close(both, (once + 1 - swapped).mean(dim=1) / 2, "not the mean of the answers about its own pair, 1 - p "
+          "in the second order", atol=1e-6)
     close(both + labels(b, a), torch.ones(5), "p(a, b) + p(b, a) is not 1", atol=1e-6)
-    once = [sum(answers[text] for text in ab) / 3 for ab in questions(a, b)]
-    close(labels(a, b, both_orders=False), once, "one order is the first", atol=1e-6)
+    close(labels(a, b, both_orders=False), once.mean(dim=1), "one order is the first", atol=1e-6)
+    first, hold = torch.stack([once, swapped]) > 0.5, torch.stack([ab, ba])[..., 1]
+    close([worth["same"], worth["first"], worth["hold"]],
+          [(first[0] != first[1]).double().mean(), first.double().mean(), hold.mean()], "other shares", 1e-6)
 
 
 # 2. The preference model ------------------------------------------------------------------------------------
@@ -344,7 +363,7 @@ def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands
         w.preference.model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
     model, alone = w.preference.model, []
     for prompt, response, end in zip(prompts, responses, ended):
-        ids = w.preference.tokenizer(f"Q: {prompt}\nA:{response}", add_special_tokens=False).input_ids
+        ids = w.preference.tokenizer(f"B{prompt}: {response}", add_special_tokens=False).input_ids
         ids = [SCORED_WORDS.index("<start>"), *ids] + [SCORED_WORDS.index("<end>")] * end
         assert w.preference.tokenize([prompt], [response], [end]) == [ids], "template, BOS or EOS is wrong"
         alone.append((model.score(model.transformer(torch.tensor([ids])).last_hidden_state[:, -1])
@@ -403,26 +422,29 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     model, forward, read, steps, heads = preference.model, preference.forward, [], [], []
 
     def noted(rows):
-        read.extend(index[tuple(row)] for row in rows if torch.is_grad_enabled())
+        picked, half = [index[tuple(row)] for row in rows], len(rows) // 2
+        if torch.is_grad_enabled():
+            assert picked[:half] == picked[half:], "the two sides of a minibatch are not of the same pairs"
+            assert half <= 7, "more than micro_batch_size pairs at once"
+            read.extend(picked[:half])
         return forward(rows)
 
     def before_step(optimizer, args, given):
-        picked, half = list(read), len(read) // 2
-        assert picked[:half] == picked[half:], "the two sides of a minibatch are not of the same pairs"
         with torch.enable_grad():
-            r_a, r_b = forward([a[i] for i in picked[:half]]), forward([b[i] for i in picked[:half]])
-            loss = bce(r_a - r_b, p[picked[:half]])
+            r_a, r_b = forward([a[i] for i in read]), forward([b[i] for i in read])
+            loss = bce(r_a - r_b, p[read])
             expected = flat_gradient(loss + 0.4 * (r_a + r_b).square().mean(), model)
         found = torch.cat([x.grad.flatten() for x in model.parameters()])
         # Gradients have a length of 1 at most: of a mistake a thousandth would show.
         close(found, expected / max(1.0, expected.norm()), "a step follows another loss", atol=1e-4)
         assert type(optimizer) is torch.optim.Adam and optimizer.defaults["weight_decay"] == 0
-        steps.append((picked[:half], loss.item(), optimizer.param_groups[0]["lr"]))
+        steps.append(([*read], loss.item(), optimizer.param_groups[0]["lr"]))
         read.clear()
     preference.forward = noted
     hooks = [register_optimizer_step_pre_hook(before_step),
              register_optimizer_step_post_hook(lambda *_: heads.append(model.score.weight.mean().item()))]
-    report = rlaif.fit_preference(preference, a, b, p, 3, 16, learning_rate=2e-2, centering=0.4)
+    report = rlaif.fit_preference(preference, a, b, p, 3, 16, 2e-2, centering=0.4, micro_batch_size=7)
+    preference.forward = forward
     for hook in hooks:
         hook.remove()
     picked, losses, rates = zip(*steps)
@@ -445,7 +467,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     assert report["accuracy"] in (0.0, 1.0), "of two pairs one is held out"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(scores, preference.scores(a)), "autocast has kept weights from before a step"
-        assert preference.forward(a).dtype == torch.float32, "the loss is float32 at least"
+        assert forward(a).dtype == torch.float32, "the loss is float32 at least"
     with pytest.raises(ValueError):  # it cannot tell any text from another
         rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
     defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
@@ -456,6 +478,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
 def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch, capsys):
     w = uneven_world(pairs=302, preference_epochs=6, micro_batch_size=5)
     drawn, asked, rates, respond = [], [], [], rlaif.respond
+    read, loss = [], rlaif.preference_loss
 
     def judged(judge, tokenizer, constitution, prompts, a, b, *more, **even_more):
         assert (judge, tokenizer, constitution) == ("judge", "its tokenizer", ["a principle"])
@@ -466,6 +489,7 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
         return torch.sigmoid(2 * torch.tensor(count_a([], a)) - 2 * torch.tensor(count_a([], b)))
     monkeypatch.setattr(rlaif, "judge_pairs", judged)
     monkeypatch.setattr(rlaif, "respond", lambda *given: drawn.append(respond(*given)) or drawn[-1])
+    monkeypatch.setattr(rlaif, "preference_loss", lambda a, *more: read.append(len(a)) or loss(a, *more))
     hook = register_optimizer_step_pre_hook(lambda adam, *_: rates.append(adam.param_groups[0]["lr"]))
     torch.manual_seed(0)
     preference, report = rlaif.preference_from_judge(
@@ -486,7 +510,7 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_
         assert report[f"rows_{side}"] == rows, "what is fitted is not what was judged, in its template"
         assert 0 < sum(end for *_, end in said) < 302, "some should have ended, others not"
     assert preference.template == w.config.template and preference.tokenizer is w.tokenizer
-    assert preference.chunk == 20, "what it reads at once grows with micro_batch_size"
+    assert preference.chunk == 20 and max(read[:-1]) == 5, "what it reads at once grows with micro_batch_size"
     assert len(rates) == 6 * 5 and rates[0] == 4e-3, "preference_epochs or its learning rate is another"
     scores = preference.scores(report["rows_a"] + report["rows_b"])
     agreement = torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], a + b))]))[0, 1]
@@ -605,14 +629,12 @@ def test_generate_masks_a_response_up_to_and_with_its_eos_whatever_pad_is(eos, p
 
 def test_respond_reads_the_template_ends_at_any_eos_and_gives_the_text_of_its_own_tokens():
     w, eos = uneven_world(), [POLICY_WORDS.index(word) for word in ("!", "<eos>")]
-    read = ["q|:| |ab|a|:", "q|:| c| |a|a|:", "q|:| |b|c|ab| c|a|:"]  # the template's \n is dropped
     torch.manual_seed(0)
     with nowhere():
         r = rlaif.respond(w.policy, w.tokenizer, w.prompts * 16, w.config)
     assert r.prompts == w.prompts * 16 and r.may_end
-    for ids, real, words in zip(r.input_ids, r.attention_mask, read * 16):
-        own = [POLICY_WORDS[i] for i in ids[-sum(real):]]
-        assert own == ["<bos>", *words.split("|")] and (real.diff() >= 0).all(), (
+    for ids, real, words in zip(r.input_ids, r.attention_mask, w.read * 16):
+        assert [POLICY_WORDS[i] for i in ids[-sum(real):]] == words and (real.diff() >= 0).all(), (
             "the policy must read each prompt in its template, with its BOS, padded on the left")
     torch.manual_seed(0)
     tokens, mask = generate(w.policy, r.input_ids, r.attention_mask, 6, eos, 0, 0.8)
@@ -664,35 +686,6 @@ def test_a_score_is_one_finite_number_for_each_bare_prompt_and_response(tmp_path
         error = ValueError if given in wrong else FloatingPointError
         with pytest.raises(error, match=r"\b4\b.*the judge"):  # it names the iteration and what was asked
             rlaif.score_responses(run, lambda *_: given, "the judge")
-
-
-def test_a_preference_model_is_told_which_responses_ended_and_runs_in_the_configured_precision(tmp_path):
-    w = uneven_world(tmp_path)
-    run = w.prepare()
-    torch.manual_seed(0)
-    r = run.rollout = rlaif.respond(w.policy, w.tokenizer, w.prompts * 4, w.config)
-    scores, half = (rlaif.score_responses(dataclasses.replace(run, config=config), w.preference, "score")
-                    for config in (w.config, dataclasses.replace(w.config, dtype="bfloat16")))
-    told = r.prompts, r.responses, r.ended.tolist()
-    close(scores, torch.tensor(w.preference(*told)), "an unfinished response must not get an EOS", atol=1e-5)
-    apart = (scores - torch.tensor(w.preference(r.prompts, r.responses))).abs()[~r.ended]
-    assert 0 < len(apart) < 12 and apart.min() > 0.01, "the example should show that"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert half.tolist() == w.preference(*told) != scores.tolist(), "dtype is the preference model's too"
-
-
-def test_the_score_of_a_prefix_is_the_head_at_its_last_token():
-    w = uneven_world(own_tokens=True)
-    torch.manual_seed(0)
-    r, model = rlaif.respond(w.policy, w.tokenizer, w.prompts, w.config), w.preference.model
-    assert (r.attention_mask == 0).any() and not r.mask.all(), "the example should hold padding on both sides"
-    with nowhere():
-        prefixes = w.preference.prefix_scores(r)
-    assert prefixes.shape == r.tokens.shape and prefixes.dtype == torch.float32
-    for b, t in r.mask.nonzero().tolist():
-        row = torch.cat([r.input_ids[b][r.attention_mask[b].bool()], r.tokens[b, :t + 1]])[None]
-        close(prefixes[b, t], model.score(model.transformer(row).last_hidden_state[0, -1])[0],
-              "a prefix's score must have read its last token, and no padding", FLOAT32)
 
 
 # Sections 6 to 9 by hand ------------------------------------------------------------------------------------
@@ -830,15 +823,11 @@ def test_shape_rewards_puts_the_score_on_the_last_token_and_the_price_of_kl_wher
         close(found.sum(), scores.sum() - beta * own.sum(), f"{level}: all get score - beta * KL together")
     close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * own[:, 0],
           "by default each token pays, and a response gets score - beta * KL")
-
-
-def test_shape_rewards_refuses_a_column_of_scores_an_empty_row_and_an_unknown_level():
     full, empty = f64([1, 1], [1, 1]).bool(), f64([1, 1], [0, 0]).bool()
-    for shape, mask in (([2, 1], full), ([1], full), ([], full), ([1, 1], full[:1]), ([2], empty)):
-        with pytest.raises(ValueError):
-            shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1)
-    with pytest.raises(ValueError, match="word"):
-        shape_rewards(torch.ones(2), torch.ones(2, 2), full, 0.1, "word")
+    for shape, mask, level in (([2, 1], full, "token"), ([1], full, "token"), ([], full, "token"),
+                               ([1, 1], full[:1], "token"), ([2], empty, "token"), ([2], full, "word")):
+        with pytest.raises(ValueError):  # a column of scores, an empty row, an unknown level
+            shape_rewards(torch.ones(shape), torch.ones(mask.shape), mask, 0.1, level)
 
 
 @given(batches())
@@ -958,29 +947,25 @@ def small_world():
                                  values=values, exact=objective_gradient(*model, scores, BETA))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_expected_gradient_is_that_of_the_objective_whatever_the_values(small_world, level):
-    w = small_world
-    for values in (w.values, None):
-        found = expected_gradient(*w.model, w.scores, BETA, level, values=values)
-        close(found, w.exact, f"{level}: the policy does not climb E[score] - beta * KL", atol=1e-6)
-    optimal = BETA * w.kl.sum(dim=1)  # for which the policy is the best of all, pi_ref exp(r / beta)
-    found = expected_gradient(*w.model, optimal, BETA, level, values=w.values)
-    close(found, torch.zeros_like(found), f"{level}: there is a way up from the optimum", atol=1e-6)
-
-
-@pytest.mark.parametrize("how", ["batch", "k2", "k3", "whitened"])
-def test_the_expected_gradient_of_another_price_is_what_calculus_says(small_world, how):
-    """In a batch of two a response pays for half of its own KL and for nothing else; a k2 or k3 in the reward
-    is not the KL; with scores of std 1 beta is in stds of the score."""
+@pytest.mark.parametrize("how", ["token", "sequence", "batch", "k2", "k3", "whitened"])
+def test_the_expected_gradient_is_what_calculus_says_whatever_the_values(small_world, how):
+    """Paid by the token or at the end, KL leaves that of E[score] - beta * KL. In a batch of two a response
+    pays for half of its own KL and for nothing else; a k2 or k3 in the reward is not the KL; with scores of
+    std 1 beta is in stds of the score."""
     w = small_world
     given, price, kind, divisor = {
         "batch": ({"level": "batch"}, BETA / 2, "k1", 1), "k2": ({"kind": "k2"}, BETA, "k2", 1),
-        "k3": ({"kind": "k3"}, BETA, "k3", 1),
-        "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std)}[how]
-    found = expected_gradient(*w.model, w.scores, BETA, values=w.values, **given)
-    close(found, objective_gradient(*w.model, w.scores, price, kind) / divisor, f"{how}: not so", atol=1e-6)
-    assert (found - w.exact).norm() > 0.1 * w.exact.norm(), f"{how}: it should not be that of the objective"
+        "k3": ({"kind": "k3"}, BETA, "k3", 1), "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std),
+    }.get(how, ({"level": how}, BETA, "k1", 1))
+    for values in (w.values, None):
+        found = expected_gradient(*w.model, w.scores, BETA, values=values, **given)
+        close(found, objective_gradient(*w.model, w.scores, price, kind) / divisor, f"{how}: not so", 1e-6)
+    if how in ("token", "sequence"):
+        optimal = BETA * w.kl.sum(dim=1)  # for which the policy is the best of all, pi_ref exp(r / beta)
+        found = expected_gradient(*w.model, optimal, BETA, how, values=w.values)
+        close(found, torch.zeros_like(found), f"{how}: there is a way up from the optimum", atol=1e-6)
+    else:
+        assert (found - w.exact).norm() > 0.1 * w.exact.norm(), f"{how}: not to be that of the objective"
 
 
 def test_below_lambda_one_the_values_lend_their_errors_and_true_values_lend_none(small_world):
@@ -1017,72 +1002,11 @@ def test_ppo_finds_the_exact_optimum_of_reward_less_beta_kl(tmp_path, beta):
     assert run.gap_closed >= 0.97, f"only {run.gap_closed:.1%} of the gap to the optimum is closed"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. The loop
-# ------------------------------------------------------------------------------------------------------------
+# 10. The loop -----------------------------------------------------------------------------------------------
 
 
 def random_judge(seed=0, **special):
     return gpt2(len(ALPHABET) + 1, seed, context=256), letters(ALPHABET, **special)
-
-
-def save_pair(folder, model, tokenizer):
-    """Write an ordinary model folder -> its path."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def toy_train(folder, score=count_a, policy=None, **settings):
-    """Run `train` on the letter models -> (policy, list of metrics)."""
-    policy = policy or gpt2()
-    config = toy_config(folder, **settings)
-    return policy, list(rlaif.train(config, score=score, policy=policy, tokenizer=letters()))
-
-
-PIECES = ["a", "b", "c", "ab", "ca", " ", "q", ":", ".", "<eos>"]
-DOT, ODD_EOS = 8, 9
-ODD_PROMPTS = {"AB  c": [6, 7, 5, 3, 5, 2, 5, 7], "ca": [6, 7, 5, 4, 5, 7], "b": [6, 7, 5, 1, 5, 7]}
-
-
-def pieces(**special):
-    """A tokenizer like a real one: it normalises (a prompt gets shorter), and its tokens have several letters
-    (what was sampled as a, b reads back as ab)."""
-    tokenizer = Tokenizer(models.BPE({x: i for i, x in enumerate(PIECES)}, [("a", "b"), ("c", "a")]))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("  ", " ")])
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
-
-
-def odd_llama(seed=0, **settings):
-    """Untied, and it ends at a dot, where the tokenizer's EOS is another."""
-    return modern(LlamaConfig, LlamaForCausalLM, seed, vocab_size=10, eos_token_id=DOT, **settings)
-
-
-def odd_preference():
-    """Wider than the policy, with a template of its own."""
-    model = modern(Qwen2Config, Qwen2ForSequenceClassification, 5, vocab_size=10, hidden_size=48,
-                   num_labels=1)
-    return rlaif.PreferenceModel(model, pieces(), "b{prompt}: ")
-
-
-def minus_a(prompts, responses):
-    return [-score for score in count_a(prompts, responses)]
-
-
-def odd_run(folder, score=count_a, gold=minus_a, **settings):
-    """A run in which nothing equals what the loop must keep apart from it: template and bare prompt, text and
-    what its tokens decode to, beta now and at the start, policy and reference (once it is made), clip and
-    value_clip, score and gold, the EOS of tokenizer and model, the widths of policy and preference model, the
-    lengths of prompts and replies; the last minibatch and micro-batch are smaller than the others."""
-    (folder / "odd.txt").write_text("\n".join(ODD_PROMPTS))
-    config = toy_config(folder, **{
-        "prompts": str(folder / "odd.txt"), "template": "q: {prompt} :", "max_new_tokens": 4,
-        "batch_size": 10, "micro_batch_size": 3, "ppo_epochs": 1, "clip": 0.1, "value_clip": 0.03,
-        "value_coef": 0.3, "lam": 0.8, "gamma": 0.95, "value_head": "random", "iterations": 5, **settings})
-    run = rlaif.prepare(config, score, gold, odd_llama().to(config.device), pieces())
-    run.reference, run.beta = odd_llama(1).to(run.device), 0.7
-    return run
 
 
 def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **settings):
@@ -1091,9 +1015,9 @@ def toy_run(folder, score=count_a, gold=None, policy=None, tokenizer=None, **set
     return rlaif.prepare(config, score, gold, policy or gpt2(), tokenizer or letters())
 
 
-def letter_preference(seed=5):
-    """A preference model that reads the letter policy's own tokens from left to right."""
-    return rlaif.PreferenceModel(scorer(seed), letters(), "{prompt}")
+def toy_train(*args, **settings):
+    """The same, trained -> list of metrics."""
+    return list(rlaif.iterate(toy_run(*args, **settings)))
 
 
 def scorer(seed=0, outputs=1, **settings):
@@ -1112,165 +1036,127 @@ def all_equal(xs, ys):
     return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
-def rollout_by_hand(run, rollout):
-    """Every field of a rollout of `odd_run`, from its prompts, its tokens and the models alone: in float64,
-    one prefix at a time, and the arithmetic on plain lists."""
-    config, tokens = run.config, rollout.tokens.tolist()
-    B, T = range(len(tokens)), range(len(tokens[0]))
-    ends = [[t for t in T if row[t] in (DOT, ODD_EOS)] for row in tokens]
-    lengths = [end[0] + 1 if end else len(T) for end in ends]
-    policy, reference, value = (copy.deepcopy(model).cpu().double()
-                                for model in (run.policy, run.reference, run.value))
-    trunk = value.trunk or policy.base_model
-    scored = isinstance(run.score, rlaif.PreferenceModel) and copy.deepcopy(run.score.model).cpu().double()
+def rollout_by_hand(w, run, rollout):
+    """What the equations say of a rollout, from its prompts, its tokens and the models alone: in float64, one
+    response at a time, without padding -> a dict of numbers, lists of B, and tensors (B,) or (B, T)."""
+    config, (B, T) = run.config, rollout.tokens.shape
+    policy, reference, value, scorer = (copy.deepcopy(model).cpu().double() for model in (
+        run.policy, run.reference, run.value, run.score.model))
+    ends, eos = [POLICY_WORDS.index(word) for word in ("!", "<eos>")], w.tokenizer.eos_token_id
+    x, ended, texts, raw = collections.defaultdict(list), [], [], []
 
-    # 4. Generate.
-    prompt_ids = [ODD_PROMPTS[prompt] for prompt in rollout.prompts]
-    P = max(map(len, prompt_ids))
-    texts = ["".join(PIECES[x] for x in row[:n] if x != ODD_EOS) for row, n in zip(tokens, lengths)]
-    ended = [bool(end) for end in ends]
-    found = {
-        "prompts": rollout.prompts, "tokens": tokens, "responses": texts, "ended": ended, "may_end": True,
-        "input_ids": [[0] * (P - len(ids)) + ids for ids in prompt_ids],
-        "attention_mask": [[0] * (P - len(ids)) + [1] * len(ids) for ids in prompt_ids],
-        "mask": [[t < lengths[b] for t in T] for b in B],
-    }
-    # 6. What policy, reference, value function and preference model say of every prefix.
-    names = "logprobs ref_logprobs entropy values kl prefix_scores rewards advantages".split()
-    x = {name: [[0.0 for _ in T] for _ in B] for name in names}
-    for b, t in itertools.product(B, T):
-        if t < lengths[b]:
-            read, token = torch.tensor([prompt_ids[b] + tokens[b][:t]]), torch.tensor(tokens[b][t])
-            with torch.no_grad():
-                pi, ref = (torch.distributions.Categorical(
-                    logits=model(read).logits[0, -1] / config.temperature) for model in (policy, reference))
-                x["values"][b][t] = value.head(trunk(read).last_hidden_state[0, -1]).item()
-                if scored:
-                    prefix = torch.cat([read, token.view(1, 1)], dim=1)
-                    x["prefix_scores"][b][t] = scored(prefix).logits.item()
-            x["logprobs"][b][t] = pi.log_prob(token).item()
-            x["ref_logprobs"][b][t] = ref.log_prob(token).item()
-            x["entropy"][b][t] = pi.entropy().item()
-            d = x["logprobs"][b][t] - x["ref_logprobs"][b][t]
-            x["kl"][b][t] = {"k1": d, "k2": d**2 / 2, "k3": math.exp(-d) - 1 + d}[config.kl_estimator]
+    # 4 to 6. What was written, and what the models say of it.
+    for prompt, row in zip(rollout.prompts, rollout.tokens.tolist()):
+        read = [POLICY_WORDS.index(word) for word in w.read[w.prompts.index(prompt)]]
+        own = row[:next((t + 1 for t, token in enumerate(row) if token in ends), T)]
+        ended.append(own[-1] in ends)
+        texts.append("".join(POLICY_WORDS[i] for i in own if POLICY_WORDS[i][0] != "<"))
+        scored = w.tokenizer(f"B{prompt}: {texts[-1]}").input_ids + [eos] * ended[-1]
+        ids, tokens, before = torch.tensor([read + own]), torch.tensor(own), slice(len(read) - 1, -1)
+        with torch.no_grad():
+            raw.append(scorer.score(scorer.transformer(torch.tensor([scored]))[0][0, -1]).item())
+            pi, ref = (torch.distributions.Categorical(logits=logits[0, before] / config.temperature)
+                       for logits in (policy(ids).logits, reference(ids).logits))
+            hidden = (value.trunk or policy.base_model)(ids).last_hidden_state[0, before]
+            x["values"].append(value.head(hidden)[:, 0])
+            x["prefix_scores"].append(scorer.score(scorer.transformer(ids)[0][0, len(read):])[:, 0])
+        x["logprobs"].append(pi.log_prob(tokens))
+        x["ref_logprobs"].append(ref.log_prob(tokens))
+        x["entropy"].append(pi.entropy())
+        d = x["logprobs"][-1] - x["ref_logprobs"][-1]
+        x["kl"].append({"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_estimator])
 
-    # 5 and 7. Scores, whitened over the finished responses, and rewards.
-    raw = count_a([], texts)
-    if scored:
-        rows = [pieces()(f"b{prompt}: {text}").input_ids + [ODD_EOS] * end
-                for prompt, text, end in zip(rollout.prompts, texts, ended)]
-        raw = [scored(torch.tensor([row])).logits.item() for row in rows]
-    finished = [b for b in B if ended[b] or config.missing_eos_score == math.inf]
-    mean, std = 0.0, 1.0
+    # 7. Scores, whitened over the finished responses, and rewards: what each token adds to the score so far,
+    # less its price.
+    finished, mean, std = [end or config.missing_eos_score == math.inf for end in ended], 0.0, 1.0
     if config.whiten_scores:
-        mean, std = (of([raw[b] for b in finished]) for of in (statistics.fmean, statistics.pstdev))
-    scores = [(raw[b] - mean) / std if b in finished else config.missing_eos_score for b in B]
-    row_kl = [sum(row) for row in x["kl"]]
-    for b in B:
-        for t in range(lengths[b]):
-            is_last = t == lengths[b] - 1
-            reward = scores[b] if is_last else 0.0
-            if config.dense_reward:
-                prefixes = [(score - mean) / std for score in x["prefix_scores"][b]]
-                reward = (scores[b] if is_last else prefixes[t]) - (prefixes[t - 1] if t else 0.0)
-            price = {"token": x["kl"][b][t], "sequence": is_last * row_kl[b],
-                     "batch": is_last * statistics.fmean(row_kl)}[config.kl_level]
-            x["rewards"][b][t] = reward - 0.7 * price
+        mean, std = (of([score for score, is_finished in zip(raw, finished) if is_finished])
+                     for of in (statistics.fmean, statistics.pstdev))
+    scores = [(raw[b] - mean) / std if finished[b] else config.missing_eos_score for b in range(B)]
+    row_kl = torch.stack([kl.sum() for kl in x["kl"]])
+    for b, kl in enumerate(x["kl"]):
+        so_far = (x["prefix_scores"][b][:-1] - mean) / std if config.dense_reward else 0 * kl[1:]
+        added = torch.cat([f64(0.0), so_far, f64(scores[b])]).diff()
+        at_end = f64(*[0.0] * (len(kl) - 1), 1.0)
+        price = {"token": kl, "sequence": at_end * row_kl[b], "batch": at_end * row_kl.mean()}
+        x["rewards"].append(added - run.beta * price[config.kl_level])
 
     # 8. Advantages.
-    for b in B:
-        values = x["values"][b][:lengths[b]] + [0.0]
-        errors = [x["rewards"][b][t] + config.gamma * values[t + 1] - values[t] for t in range(lengths[b])]
-        for t in range(lengths[b]):
-            x["advantages"][b][t] = sum((config.gamma * config.lam)**k * error
-                                        for k, error in enumerate(errors[t:]))
-    real, shift, scale = [x["advantages"][b][t] for b in B for t in range(lengths[b])], 0.0, 1.0
-    if config.whiten_advantages:
-        shift, scale = statistics.fmean(real), statistics.pstdev(real)
-    x["whitened"] = [[(advantage - shift) / scale for advantage in row] for row in x["advantages"]]
-    x["returns"] = [[a + v for a, v in zip(*rows)] for rows in zip(x["advantages"], x["values"])]
-    return {**found, **x, "raw_scores": raw, "gold_scores": minus_a([], texts), "score_mean": mean,
-            "score_std": std, "scores": scores}
+    for rewards, values in zip(x["rewards"], x["values"]):
+        errors = rewards + config.gamma * torch.cat([values[1:], f64(0.0)]) - values
+        x["advantages"].append(torch.stack([sum(
+            (config.gamma * config.lam)**k * error for k, error in enumerate(errors[t:]))
+            for t in range(len(errors))]))
+        x["returns"].append(x["advantages"][-1] + values)
+    real = torch.cat(x["advantages"])
+    shift, scale = (real.mean(), real.std(correction=0)) if config.whiten_advantages else (0.0, 1.0)
+    x["whitened"] = [(advantages - shift) / scale for advantages in x["advantages"]]
+    x["mask"] = [torch.ones_like(advantages) for advantages in x["advantages"]]
+    rows = {name: torch.nn.utils.rnn.pad_sequence(tensors, True) for name, tensors in x.items()}
+    return {**rows, "responses": texts, "ended": ended, "may_end": True, "raw_scores": raw,
+            "gold_scores": count_a([], texts), "score_mean": mean, "score_std": std, "scores": scores}
 
 
 @pytest.mark.parametrize("settings", [
-    {},
-    {"kl_level": "sequence", "kl_estimator": "k3", "value": "separate", "missing_eos_score": -2.5},
+    {"value": "shared"},
+    {"kl_level": "sequence", "kl_estimator": "k3", "micro_batch_size": 64},
     {"kl_level": "batch", "kl_estimator": "k2", "missing_eos_score": math.inf, "whiten_advantages": False},
-    {"dense_reward": True, "value": "preference", "micro_batch_size": 64},
-    {"dense_reward": True, "whiten_scores": False, "kl_level": "sequence"},
+    {"dense_reward": True, "value": "preference"},
+    {"dense_reward": True, "whiten_scores": False, "kl_level": "sequence", "value": "shared"},
 ])
 def test_a_rollout_and_its_metrics_are_what_the_equations_say(tmp_path, device, settings):
     """To 1e-4: numbers of size 1 in float32 are good to 1e-6, so only rounding gets through."""
-    score = count_a
-    if settings.get("dense_reward"):
-        score = odd_preference()
-        score.model.to(device)
-    run = odd_run(tmp_path, score, learning_rate=0.0, device=device, **settings)
+    w = uneven_world(tmp_path, own_tokens=True, learning_rate=0.0, device=device, **settings)
+    run = w.prepare()
     r = rlaif.roll_out(run)
-    hand = rollout_by_hand(run, r)
+    hand = rollout_by_hand(w, run, r)
     assert r is run.rollout, "the last rollout is kept"
-    assert 2 <= sum(hand["ended"]) < 10, "the example should hold responses with and without an EOS"
-    read_back = [pieces()(text).input_ids for text in r.responses]
-    assert read_back != [row[mask].tolist() for row, mask in zip(r.tokens, r.mask)], "tokens are letters here"
-    if not settings.get("dense_reward"):
-        assert r.prefix_scores is None and hand.pop("prefix_scores")
+    assert 2 <= sum(hand["ended"]) < 8, "the example should hold responses with and without an EOS"
+    read_back = [w.tokenizer(text, add_special_tokens=False).input_ids for text in r.responses]
+    assert read_back != [row[own].tolist() for row, own in zip(r.tokens, r.mask)], "tokens are letters here"
+    if not run.config.dense_reward:
+        assert r.prefix_scores is None is not hand.pop("prefix_scores")
     assert not [name for name, x in tensors_of(r).items() if x.requires_grad], "a graph is kept"
+    assert {field.name for field in dataclasses.fields(r)} - {*hand} <= {
+        "prompts", "input_ids", "attention_mask", "tokens", "prefix_scores"}, "nothing says what it should be"
     for name, expected in hand.items():
         found = getattr(r, name)
-        if not isinstance(found, (torch.Tensor, float)):
+        if name in ("responses", "may_end"):
             assert found == expected, f"{name} is not what the tokens say"
             continue
-        found, expected = (torch.as_tensor(x, device="cpu") for x in (found, expected))
-        assert found.shape == expected.shape, f"{name} has another shape"
-        means_something = torch.ones_like(found, dtype=torch.bool)
-        if found.dim() == 2 and found.is_floating_point():
-            means_something = r.mask.cpu()
-        elif name == "input_ids":
-            means_something = r.attention_mask.bool().cpu()
-        close(found[means_something], expected[means_something], f"{name} is not what the equations say",
-              atol=1e-4)
-    untouched = {field.name for field in dataclasses.fields(rlaif.Rollout)} - set(hand)
-    assert untouched <= {"prefix_scores"}, f"nothing says what {untouched} should be"
+        expected = torch.as_tensor(expected, dtype=torch.float64)
+        if expected.dim() == 2:
+            assert found.shape == r.tokens.shape == expected.shape, f"{name} has another shape"
+            found = torch.where(r.mask, found, 0)
+        close(found, expected, f"{name} is not what the equations say", atol=1e-4)
 
-    metrics, real = rlaif.update(run, r), sum(map(sum, hand["mask"]))
-    kl = torch.tensor(hand["logprobs"]).sub(torch.tensor(hand["ref_logprobs"])).sum() / 10
+    metrics, real = rlaif.update(run, r), hand["mask"].sum()
+    kl = (hand["logprobs"] - hand["ref_logprobs"]).sum() / 8
     used = hand["score_mean"] + hand["score_std"] * statistics.fmean(hand["scores"])
-    returns, errors = ([x for row, own in zip(rows, hand["mask"]) for x, is_real in zip(row, own) if is_real]
-                       for rows in (hand["returns"], hand["advantages"]))
+    errors, returns = (hand[name][hand["mask"] > 0] for name in ("advantages", "returns"))
     for name, expected in {
         "score": statistics.fmean(hand["raw_scores"]), "gold": statistics.fmean(hand["gold_scores"]),
-        "score_std": hand["score_std"], "kl": kl, "objective": used - 0.7 * hand["score_std"] * kl,
-        "beta": 0.7,
-        "entropy": sum(map(sum, hand["entropy"])) / real, "length": real / 10,
-        "eos_fraction": sum(hand["ended"]) / 10, "distinct": len(set(hand["responses"])) / 10,
-        "explained_variance": 1 - statistics.pvariance(errors) / statistics.pvariance(returns),
-        "ratio": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "iteration": 1, "updates": 3,
+        "score_std": hand["score_std"], "kl": kl, "objective": used - 0.518 * hand["score_std"] * kl,
+        "beta": 0.518, "entropy": hand["entropy"].sum() / real, "length": real / 8,
+        "eos_fraction": sum(hand["ended"]) / 8, "distinct": len(set(hand["responses"])) / 8,
+        "explained_variance": 1 - errors.var() / returns.var(),
+        "ratio": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "iteration": 1, "updates": 6,
     }.items():
         close(metrics[name], expected, f"the metric {name} is not what the equations say", atol=1e-4)
 
 
-def penalty_of(run):
-    """A loss of one's own that depends on the row, by its tokens: other rows give another."""
-    ids = torch.cat([run.rollout.input_ids, run.rollout.tokens], dim=1)
-    weights = (ids * torch.arange(ids.shape[1], device=ids.device)).sum(dim=1) % 7 - 2.5
-    return lambda logprobs, rows: weights[rows, None] * logprobs.square()
-
-
-def minibatch_by_hand(run, rollout, rows, penalty):
+def minibatch_by_hand(run, rollout, rows, weight):
     """The loss of a minibatch, one response at a time -> (loss, what the metrics are to say of it)."""
-    config, n = run.config, rollout.mask[rows].sum().item()
-    names = "policy_loss", "value_loss", "ratio", "clip_fraction", "approx_kl", "entropy", "penalty"
-    sums = dict.fromkeys(names, 0.0)
+    config, sums = run.config, collections.defaultdict(float)
     for b in rows:
         length, prompt = rollout.mask[b].sum(), rollout.input_ids[b][rollout.attention_mask[b].bool()]
         tokens, ids = rollout.tokens[b, :length], torch.cat([prompt, rollout.tokens[b, :length]])[None]
         old, advantages, old_values, returns = (
             x[b, :length] for x in (rollout.logprobs, rollout.whitened, rollout.values, rollout.returns))
-        pi = torch.distributions.Categorical(
-            logits=run.policy(ids).logits[0, len(prompt) - 1:-1] / config.temperature)
+        before = slice(len(prompt) - 1, -1)
+        pi = torch.distributions.Categorical(logits=run.policy(ids).logits[0, before] / config.temperature)
         trunk = run.value.trunk or run.policy.base_model
-        values = run.value.head(trunk(ids).last_hidden_state[0, len(prompt) - 1:-1]).squeeze(-1)
+        values = run.value.head(trunk(ids).last_hidden_state[0, before])[:, 0]
         d, ratio = pi.log_prob(tokens) - old, (pi.log_prob(tokens) - old).exp()
         plain, cut = advantages * ratio, advantages * ratio.clamp(1 - config.clip, 1 + config.clip)
         near = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
@@ -1278,50 +1164,36 @@ def minibatch_by_hand(run, rollout, rows, penalty):
         for name, x in {"policy_loss": -torch.minimum(plain, cut), "value_loss": errors / 2, "ratio": ratio,
                         "clip_fraction": (cut < plain).float(), "approx_kl": ratio - 1 - d,
                         "entropy": pi.entropy(),
-                        "penalty": penalty(pi.log_prob(tokens)[None], [b])[0] if penalty else 0 * d}.items():
-            sums[name] = sums[name] + x.sum() / n
+                        "penalty": weight * tokens * pi.log_prob(tokens).square()}.items():
+            sums[name] = sums[name] + x.sum() / rollout.mask[rows].sum()
     loss = (sums["policy_loss"] + config.value_coef * sums["value_loss"]
-            - config.entropy_coef * sums["entropy"] + sums["penalty"])
-    return loss, {name: sums[name].item() for name in names[:5]}
+            - config.entropy_coef * sums.pop("entropy") + sums.pop("penalty"))
+    return loss, {name: x.item() for name, x in sums.items()}
 
 
-def updated(run, with_penalty):
-    """One rollout and its update -> metrics, and a list of its minibatches: the rows that went through the
-    policy, the gradient of their loss by hand, their numbers, and, where a step was taken, its rate and
-    gradient."""
-    r, rows, minibatches, by_hand, (group,) = rlaif.roll_out(run), [], [], [], run.optimizer.param_groups
+def updated(run, weight):
+    """One rollout and its update, with a loss of one's own that tells which rows are read and differs between
+    them -> metrics, and a list of its minibatches: their rows, the gradient of their loss by hand, their
+    numbers, and, where a step was taken, its rate and gradient."""
+    r, read, minibatches, (group,) = rlaif.roll_out(run), [], [], run.optimizer.param_groups
     assert {*map(id, group["params"])} == {*map(id, [*run.policy.parameters(), *run.value.parameters()])}, (
         "the optimizer has all of the policy and of the value function, its trunk too")
-    penalty = penalty_of(run) if with_penalty else None
-    ids, masks = torch.cat([r.input_ids, r.tokens], dim=1), torch.cat([r.attention_mask, r.mask], dim=1)
 
-    def read(policy, args, given):
-        if by_hand:
-            return
-        for own_ids, own_mask in zip(given["input_ids"], given["attention_mask"]):
-            same = (ids == own_ids).all(dim=1).nonzero()
-            assert len(same), "a minibatch puts the prompt of one row before the tokens of another"
-            rows.append(same[0].item())  # rows of the same tokens are the same in everything else
-            assert torch.equal(own_mask, masks[rows[-1]]), "a minibatch has the attention mask of another row"
+    def penalty(logprobs, rows):
+        read.extend(rows.tolist())
+        return weight * r.tokens[rows] * logprobs.square()
 
-    def expect():
-        by_hand.append("the passes that follow are our own")
-        loss, numbers = minibatch_by_hand(run, r, rows, penalty)
+    def expect(**step):
+        loss, numbers = minibatch_by_hand(run, r, read, weight)
         gradient = torch.autograd.grad(loss, group["params"], allow_unused=True)
-        by_hand.clear()
-        minibatches.append({"rows": [*rows], "expected": gradient, "numbers": numbers})
-        rows.clear()
-
-    def step(optimizer, args, given):
-        expect()
-        minibatches[-1] |= {"rate": group["lr"], "gradient": [p.grad.clone() for p in group["params"]]}
-    hooks = [run.policy.register_forward_pre_hook(read, with_kwargs=True),
-             run.optimizer.register_step_pre_hook(step)]
+        minibatches.append({"rows": [*read], "expected": gradient, "numbers": numbers, **step})
+        read.clear()
+    hook = run.optimizer.register_step_pre_hook(
+        lambda *_: expect(rate=group["lr"], gradient=[p.grad.clone() for p in group["params"]]))
     metrics = rlaif.update(run, r, penalty)
-    if rows:
+    hook.remove()
+    if read:
         expect()  # of a minibatch without a step
-    for hook in hooks:
-        hook.remove()
     return metrics, minibatches
 
 
@@ -1330,22 +1202,22 @@ def norm(gradient):
 
 
 @pytest.mark.parametrize("settings", [
-    {"max_grad_norm": 0.05},
-    {"entropy_coef": 0.3, "value": "separate", "whiten_advantages": False, "micro_batch_size": 64},
-    {"value_coef": 1.0, "clip": 0.02, "batch_size": 9, "micro_batch_size": 1, "penalty": True},
+    {"max_grad_norm": 0.05, "value": "shared"},
+    {"entropy_coef": 0.3, "whiten_advantages": False, "micro_batch_size": 64, "adam_epsilon": 3e-3},
+    {"value_coef": 1.0, "clip": 0.02, "value_clip": 0.03, "batch_size": 7},
     {"stop_kl": 1e-3, "value": "preference"},
-    {"stop_kl": 0.02, "micro_batch_size": 1},
+    {"stop_kl": 2.3, "micro_batch_size": 1},  # as a row of the second minibatch has, but not the whole
 ])
 def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(tmp_path, device, settings):
     """No gradient of an abandoned or an earlier minibatch, no padding, no row's tensor beside another row; to
     a ten-thousandth of the gradient's length."""
-    score = odd_preference()
-    score.model.to(device)
-    settings = {"ppo_epochs": 2, "max_grad_norm": math.inf, "device": device, **settings}
-    with_penalty = settings.pop("penalty", False)
-    run = odd_run(tmp_path, score, **settings)
+    run = uneven_world(tmp_path, own_tokens=True, device=device, **{
+        "learning_rate": 1e-2, "max_grad_norm": math.inf, "stop_kl": math.inf, **settings}).prepare()
+    adam = run.optimizer.defaults
+    assert type(run.optimizer) is torch.optim.Adam and adam["eps"] == run.config.adam_epsilon
+    assert adam["betas"] == (0.9, 0.999) and adam["weight_decay"] == 0
     for iteration in range(2):
-        metrics, own = updated(run, with_penalty)
+        metrics, own = updated(run, weight=0.01 * ("clip" in settings))
         steps = [minibatch for minibatch in own if "gradient" in minibatch]
         for minibatch in steps:
             length = norm(minibatch["expected"])
@@ -1361,41 +1233,20 @@ def test_every_step_follows_the_gradient_of_its_own_minibatch_and_nothing_else(t
         assert metrics["updates"] == len(steps)
         rate = 1e-2 * (1 - iteration / 5)
         assert all(step["rate"] == rate for step in steps), "the learning rate falls linearly to 0"
-        if run.config.stop_kl < math.inf:
-            over = [minibatch["numbers"]["approx_kl"] > run.config.stop_kl for minibatch in own]
-            assert not any(over[:-1]) and over[-1] == ("gradient" not in own[-1]) and (
-                over[-1] or len(own) == 6), (
-                "the first minibatch whose KL passes stop_kl must end the updates, and take no step")
-            continue
-        half = len(own) // 2
-        epochs = [[row for minibatch in epoch for row in minibatch["rows"]]
-                  for epoch in (own[:half], own[half:])]
-        assert len(steps) == len(own) == 2 * math.ceil(run.config.batch_size / 4), "one step for a minibatch"
-        assert [len(minibatch["rows"]) for minibatch in own[:2]] == [4, 4]
-        ids = torch.cat([run.rollout.input_ids, run.rollout.tokens], dim=1).tolist()
-        assert all(sorted(ids[row] for row in epoch) == sorted(ids) for epoch in epochs), (
-            "an epoch must see every response once")
-        assert epochs[0] != epochs[1], "the minibatches must be shuffled anew for each epoch"
-    if settings.get("clip") == 0.02:
+        over = [minibatch["numbers"]["approx_kl"] > run.config.stop_kl for minibatch in own]
+        assert not any(over[:-1]) and over[-1] == ("gradient" not in own[-1]) and (
+            over[-1] or len(own) == 6), "the first one past stop_kl must end the updates, and take no step"
+        if not over[-1]:
+            epochs = [sum((minibatch["rows"] for minibatch in half), []) for half in (own[:3], own[3:])]
+            assert [len(minibatch["rows"]) for minibatch in own[:2]] == [3, 3]
+            assert all(sorted(epoch) == [*range(run.config.batch_size)] for epoch in epochs), (
+                "an epoch must see every response once")
+            assert epochs[0] != epochs[1], "the minibatches must be shuffled anew for each epoch"
+        assert over[-1] or "stop_kl" not in settings or iteration > 0, "the example should stop"
+    if "clip" in settings:
         assert metrics["clip_fraction"] > 0, "the example should clip something"
-    if settings.get("max_grad_norm") == 0.05:
+    if "max_grad_norm" in settings:
         assert metrics["grad_norm"] > 0.06, "the example should cut something"
-
-
-def test_a_minibatch_takes_the_same_step_in_micro_batches_of_any_size(tmp_path):
-    """To 1e-6 after two iterations, weight for weight; a step is a thousand times that."""
-    ends = []
-    for micro_batch_size in (1, 3, 64):
-        run = odd_run(tmp_path, micro_batch_size=micro_batch_size, minibatch_size=5, learning_rate=1e-3,
-                      entropy_coef=0.1, adam_epsilon=1e-2)
-        start = weights_of(run.policy, run.value)
-        for _ in range(2):
-            rlaif.update(run, rlaif.roll_out(run), penalty_of(run))
-        ends.append(weights_of(run.policy, run.value))
-    assert max((a - b).abs().max() for a, b in zip(start, ends[0])) > 1e-4, "the example should move"
-    for other in ends[1:]:
-        for a, b in zip(ends[0], other):
-            close(a, b, "the step depends on micro_batch_size", 1e-6)
 
 
 class Peak(TorchDispatchMode):
@@ -1450,41 +1301,41 @@ def test_with_learning_rate_zero_the_ratio_is_exactly_one_and_the_kl_exactly_zer
                                                                                   value):
     """In bfloat16 a row of another batch has other digits: only passes of equal shapes agree, and only a
     reference that is run as the policy is costs nothing."""
-    run = odd_run(tmp_path, odd_preference(), learning_rate=0.0, value=value, dtype=dtype, batch_size=12,
-                  micro_batch_size=rlaif.Config().micro_batch_size, dense_reward=value == "preference")
-    run.reference = copy.deepcopy(run.policy)
-    before, shapes = weights_of(run.policy, run.value), []
+    w = uneven_world(tmp_path, own_tokens=True, learning_rate=0.0, value=value, dtype=dtype, batch_size=12,
+                     ppo_epochs=1, micro_batch_size=64, dense_reward=value == "preference")
+    run = w.prepare()
+    run.reference, shapes = copy.deepcopy(run.policy), []
+    before = weights_of(run.policy, run.value)
     run.policy.register_forward_pre_hook(lambda policy, args, given: shapes.append(
         tuple(given["input_ids"].shape)), with_kwargs=True)
     for _ in range(3):
         r = rlaif.roll_out(run)
         metrics = rlaif.update(run, r)
         read = [shape for shape in shapes if shape[0] != 12]  # not to generate
-        assert len(read) == 6 and len(set(read)) == 1, "rollout and update do not have equal shapes"
+        assert len(read) == 8 and len(set(read)) == 1, "rollout and update do not have equal shapes"
         shapes.clear()
         assert (r.kl[r.mask] == 0).all(), "the policy is its own reference, yet there is a KL"
         assert metrics["ratio"] == 1 and metrics["approx_kl"] == 0, "old and new policy differ without a step"
         assert (r.logprobs[r.mask] < 0).all() and all(math.isfinite(x) for x in metrics.values())
         assert not [name for name, x in tensors_of(r).items() if x.dtype == torch.bfloat16], "too few digits"
+        given = r.prompts, r.responses, r.ended.tolist()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            assert r.raw_scores.tolist() == run.score(*given), "dtype is the preference model's too"
+            if run.config.dense_reward:
+                assert torch.equal(r.prefix_scores, run.score.prefix_scores(r)), "also of the prefixes"
     assert not recwarn.list and all_equal(before, weights_of(run.policy, run.value)), "a parameter moved"
     assert not torch.is_autocast_enabled("cpu"), "autocast is left on in the caller's process"
 
 
-def preference_model(seed=0, kind=GPT2ForSequenceClassification, **special):
-    tokenizer = letters("ab cxyUsertin:\nAp", **special)
-    model = gpt2(len(tokenizer), seed, kind, context=64, num_labels=1)
-    return rlaif.PreferenceModel(model, tokenizer, "User: {prompt}\nA:")
-
-
 def test_in_bfloat16_scores_and_labels_keep_the_digits_that_float32_gives_their_heads():
     """A bfloat16 of size 1 moves in steps of 1/128: 64 texts would share scores and log-odds."""
-    texts = ["".join(text) for text in itertools.product("abcx", repeat=3)]  # 64
-    judge, tokenizer = random_judge()
-    preference, truth = preference_model(), {}
+    texts = ["".join(text) for text in itertools.product("abcd", repeat=3)]  # 64
+    score, truth = rlaif.PreferenceModel(gpt2(5, kind=GPT2ForSequenceClassification, num_labels=1),
+                                         letters("abcd"), "{prompt}"), {}
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            a, b = rlaif.ask_judge(judge, tokenizer, [text.replace("x", "d") for text in texts]).T
-            scores = torch.tensor(preference(["ab"] * 64, texts))
+            a, b = rlaif.ask_judge(*random_judge(), texts).T
+            scores = torch.tensor(score(["ab"] * 64, texts))
         assert len(set(scores.tolist())) == len(set((a - b).tolist())) == 64, "they move in steps"
         truth[dtype] = scores, torch.sigmoid(a - b), a - b
     (scores, labels, odds), (half_scores, half_labels, half_odds) = truth.values()
@@ -1493,34 +1344,25 @@ def test_in_bfloat16_scores_and_labels_keep_the_digits_that_float32_gives_their_
     assert ((odds > 0) == (half_odds > 0))[odds.abs() > 0.2].all(), "a plain answer has changed sides"
 
 
-def test_only_policy_and_value_function_change_and_no_dropout_is_on(tmp_path):
-    score = odd_preference()
-    score.model.train()
-    run = odd_run(tmp_path, score, value="preference")
-    run.policy.train(False)
-    models = run.policy, run.value, run.value.trunk, run.reference, score.model
-    before = [weights_of(model) for model in models]
-    rlaif.update(run, rlaif.roll_out(run))
-    moved = [not all_equal(old, weights_of(model)) for old, model in zip(before, models)]
-    assert moved == [True, True, True, False, False], "policy and value function learn, and nothing else"
-    run = toy_run(tmp_path, policy=gpt2().train(), value="separate")
+@pytest.mark.parametrize("value", ["shared", "separate", "preference"])
+def test_only_policy_and_value_function_change_from_where_they_start_and_without_dropout(tmp_path, value):
+    w = uneven_world(tmp_path, own_tokens=True, value=value)
+    w.policy.train(), w.preference.model.train().requires_grad_(False)
+    run = w.prepare()
     assert not any(module.training for model in (run.policy, run.value, run.reference)
                    for module in model.modules()), "dropout is on"
     assert not any(x.requires_grad for x in run.reference.parameters()), "the reference would keep a graph"
-
-
-def test_a_value_function_starts_on_the_trunk_that_the_settings_name(tmp_path):
-    other = save_pair(tmp_path / "other", odd_llama(1), pieces())
-    (tmp_path / "odd.txt").write_text("ab\nca\n")
-    score = odd_preference()
-    for value, source in (("separate", "policy"), ("preference", "score")):
-        config = toy_config(tmp_path, value=value, reference=other, prompts=str(tmp_path / "odd.txt"))
-        run = rlaif.prepare(config, score, None, odd_llama(), pieces())
-        source = run.policy.base_model if source == "policy" else score.model.base_model
-        assert all_equal(weights_of(run.value.trunk), weights_of(source)), f"{value}: another trunk"
+    assert all_equal(weights_of(run.reference), weights_of(w.reference)), "the reference is another"
+    models = run.policy, run.value, run.reference, w.preference.model
+    if run.value.trunk:
+        source = {"separate": run.policy, "preference": w.preference.model}[value].base_model
+        assert all_equal(weights_of(run.value.trunk), weights_of(source)), "it starts on another trunk"
         assert not {*map(id, run.value.parameters())} & {*map(id, source.parameters())}, "it must be a copy"
-        assert all_equal(weights_of(run.reference), weights_of(odd_llama(1))), "the reference is another"
-    assert toy_run(tmp_path, value="shared").value.trunk is None
+        models += (run.value.trunk,)
+    before = [weights_of(model) for model in models]
+    rlaif.update(run, rlaif.roll_out(run))
+    moved = [not all_equal(old, weights_of(model)) for old, model in zip(before, models)]
+    assert moved == [True, True, False, False, True][:len(models)], "policy and value function alone learn"
 
 
 def test_train_is_the_two_halves_of_the_loop_and_the_random_numbers_are_the_runs_own(tmp_path):
@@ -1536,7 +1378,6 @@ def test_train_is_the_two_halves_of_the_loop_and_the_random_numbers_are_the_runs
     torch.manual_seed(7)
     history = list(rlaif.train(toy_config(tmp_path, **settings), count_a, count_a, policy, letters()))
     assert torch.equal(torch.rand(3), expected), "the caller's random numbers do not go on as before"
-    assert [m["iteration"] for m in history] == [1, 2, 3]
     run, by_hand = toy_run(tmp_path, seeding, seeding, **settings), []
     for number in range(3):
         rollout = rlaif.roll_out(run)
@@ -1554,12 +1395,11 @@ def test_train_is_the_two_halves_of_the_loop_and_the_random_numbers_are_the_runs
     assert all_equal(before, weights_of(run.policy)), "after the last iteration the rate is 0, not negative"
 
 
-def with_head_bias(token, bias):
-    """A policy that writes the token always (1e4) or never (-1e4)."""
+def with_eos_bias(bias):
+    """A policy that ends at once (1e4) or never (-1e4)."""
     policy = gpt2()
     policy.lm_head = torch.nn.Linear(32, 4)
-    torch.nn.init.constant_(policy.lm_head.bias, 0.0)
-    policy.lm_head.bias.data[token] = bias
+    policy.lm_head.bias.data = bias * (torch.arange(4) == EOS)
     return policy
 
 
@@ -1581,46 +1421,46 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path, 
 
 @pytest.mark.parametrize("control", ["fixed", "batch"])
 def test_beta_is_kept_or_steered_by_the_kl_of_whole_responses_once_the_batch_is_over(tmp_path, control):
-    run = odd_run(tmp_path, beta=0.2, beta_control=control, kl_target=5.0, kl_horizon=100.0, iterations=3,
-                  kl_estimator="k3")
-    run.beta, run.reference, kls, drawn = 0.5, copy.deepcopy(run.policy), [], set()
-    for prompts, n in ((None, 10), (None, 10), (run.prompts * 4, 12)):
+    w = uneven_world(tmp_path, beta_control=control, kl_target=3.0, kl_horizon=100.0, kl_estimator="k3",
+                     learning_rate=1e-2)
+    run, kls, drawn = w.prepare(), [], set()
+    far, run.reference = run.reference, copy.deepcopy(run.policy)
+    for prompts, n in ((None, 8), (None, 8), (run.prompts * 4, 12)):
         expected = run.beta
         r = rlaif.roll_out(run, prompts)
-        assert prompts or sorted(r.prompts.count(prompt) for prompt in ODD_PROMPTS) == [3, 3, 4], (
+        assert prompts or sorted(map(r.prompts.count, w.prompts)) == [2, 3, 3], (
             "every prompt is drawn as often as any other, up to one")
         drawn.add(tuple(r.prompts))
         metrics = rlaif.update(run, r)
         assert metrics["beta"] == expected, "the beta of an iteration is set by the one before"
         row_kl = torch.where(r.mask, r.logprobs - r.ref_logprobs, 0.0).sum(dim=1).mean().item()
         if control == "batch":
-            expected *= 1 + min(max(row_kl / 5 - 1, -0.2), 0.2) * n / 100
+            expected *= 1 + min(max(row_kl / 3 - 1, -0.2), 0.2) * n / 100
         close(run.beta, expected, "beta is not steered by the mean KL of this batch's responses", 1e-6)
         kls.append((row_kl, row_kl / r.mask.sum(dim=1).float().mean().item()))
-        run.reference = odd_llama(1)  # from now on there is a KL
+        run.reference = far  # from now on there is a KL
     assert len(drawn) == 3, "prompts are drawn, not taken in the order of their file"
-    assert kls[0][0] < 5 < kls[1][0] and max(per_token for _, per_token in kls) < 5, (
+    assert kls[0][0] < 3 < kls[1][0] and max(per_token for _, per_token in kls) < 3, (
         "the KL should lie on both sides of the target, and per token on one")
 
 
 def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_nothing_is_learned(tmp_path):
-    for never in (math.inf, -1.0):
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("default")
-            _, history = toy_train(tmp_path, policy=with_head_bias(EOS, -1e4), missing_eos_score=never,
-                                   iterations=1 if never == math.inf else 2, ppo_epochs=1)
-        texts = [str(warning.message) for warning in said]
-        if never == math.inf:
-            assert texts == [], "where a missing EOS has no price, there is nothing to warn of"
+    never = with_eos_bias(-1e4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        toy_train(tmp_path, policy=copy.deepcopy(never), missing_eos_score=math.inf, iterations=1)
+        assert not said, "where a missing EOS has no price, there is nothing to warn of"
+        history = toy_train(tmp_path, policy=never, iterations=2, ppo_epochs=1)
+    texts = [str(warning.message) for warning in said]
     assert all(m["eos_fraction"] == 0 and m["score_std"] == 1 for m in history)
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
     (tmp_path / "many.txt").write_text("ab\nc\n" * 8)
     with pytest.warns(UserWarning, match="only [1-9].?%.*max_new_tokens.*missing_eos_score"):
-        toy_run(tmp_path, policy=with_head_bias(EOS, -1.0), prompts=str(tmp_path / "many.txt"))
+        toy_run(tmp_path, policy=with_eos_bias(-1.0), prompts=str(tmp_path / "many.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        toy_run(tmp_path, policy=with_head_bias(EOS, 1.0))
+        toy_train(tmp_path, policy=with_eos_bias(1.0), iterations=1, ppo_epochs=1)
 
 
 def test_where_there_is_no_eos_every_response_counts_as_finished(tmp_path, recwarn):
@@ -1640,22 +1480,18 @@ def test_what_cannot_learn_is_an_error_or_a_warning(tmp_path):
     policy.unused = torch.nn.Parameter(torch.zeros(1))
     with pytest.warns(UserWarning, match="moved no parameter"):
         toy_train(tmp_path, policy=policy, iterations=1, missing_eos_score=math.inf)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        toy_train(tmp_path, iterations=1, missing_eos_score=math.inf)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_path):
-    run = toy_run(tmp_path)
+    run, warned = toy_run(tmp_path), []
     rlaif.roll_out(run)
-    for count, explained in enumerate([-0.6] * 4 + [-0.4] + [-0.6] * 7):
+    for explained in [-0.6] * 4 + [-0.4] + [-0.6] * 7:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            moved = torch.ones(1)
-            next(run.policy.parameters()).grad = moved.expand_as(next(run.policy.parameters())).clone()
             rlaif.record(run, {"eos_fraction": 1.0, "explained_variance": explained})
-        assert [("value_head" in str(w.message)) for w in said] == [True] * (count == 9), (
-            "once, after the fifth in a row below -0.5")
+        warned.append(any("value_head" in str(warning.message) for warning in said))
+    assert warned == [False] * 9 + [True, False, False], "once, after the fifth in a row below -0.5"
 
 
 def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypatch):
@@ -1667,11 +1503,10 @@ def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypa
         return called
     for module, name in ((rlaif, "pad"), (rlaif, "score_responses"), (torch, "randperm")):
         monkeypatch.setattr(module, name, on_cpu(getattr(module, name)))  # what they make is moved afterwards
-    run = odd_run(tmp_path, odd_preference(), dense_reward=True, entropy_coef=0.1)
+    run = uneven_world(tmp_path, own_tokens=True, dense_reward=True).prepare()
     with torch.device("meta"):
-        rollout = rlaif.roll_out(run)
-        metrics = rlaif.update(run, rollout)
-    assert all(x.device.type == "cpu" for x in tensors_of(rollout).values())
+        metrics = rlaif.update(run, rlaif.roll_out(run))
+    assert all(x.device.type == "cpu" for x in tensors_of(run.rollout).values())
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -1683,9 +1518,8 @@ def test_what_stops_being_finite_stops_the_run_and_names_the_iteration(tmp_path)
         return [math.nan if len(calls) == 3 else 1.0 + i for i in range(len(responses))]
     with pytest.raises(FloatingPointError, match="iteration 3: .*score.*checkpoint is in .*run"):
         toy_train(tmp_path, score=score, out=out, save_every=1, missing_eos_score=math.inf, ppo_epochs=1)
-    for large in (3e19, math.inf):
-        with pytest.raises(FloatingPointError, match="iteration 1: .*score"):
-            toy_train(tmp_path, score=lambda p, r: [large] + [1.0] * (len(r) - 1))
+    with pytest.raises(FloatingPointError, match="iteration 1: .*score"):  # the square is infinite
+        toy_train(tmp_path, score=lambda p, r: [3e19] + [1.0] * (len(r) - 1))
     policy = gpt2()
     policy.lm_head.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(FloatingPointError, match="iteration 1: the gradient"):
@@ -1697,7 +1531,8 @@ def test_what_stops_being_finite_stops_the_run_and_names_the_iteration(tmp_path)
 
 
 def test_evaluation_measures_the_policy_and_moves_nothing_of_the_run(tmp_path):
-    run = toy_run(tmp_path, gold=minus_a, eval_samples=150, batch_size=64, missing_eos_score=math.inf)
+    run = toy_run(tmp_path, gold=lambda prompts, responses: [-x for x in count_a(prompts, responses)],
+                  eval_samples=150, batch_size=64, missing_eos_score=math.inf)
     run.reference, run.held_out = gpt2(seed=1), ["c", "ab"]
     rollout = rlaif.roll_out(run)
     kept, random_state = copy.deepcopy(tensors_of(rollout)), [x for x in run.random if x is not None]
@@ -1726,113 +1561,33 @@ def test_evaluation_measures_the_policy_and_moves_nothing_of_the_run(tmp_path):
 
 
 def test_a_token_table_has_the_numbers_of_its_row_and_fits_a_terminal(tmp_path):
-    odd = [{"prompt": 50 * "a\n"}, {"prompt": "\t" + 50 * "a\n"}]
-    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": 50 * "a\n"}) + '\n{"prompt": "a"}')
     run = toy_run(tmp_path, policy=gpt2(context=128), tokenizer=letters("a\n\t"), value_head="random",
-                  prompts=str(tmp_path / "odd.jsonl"), missing_eos_score=-1.0)
+                  prompts=str(tmp_path / "odd.jsonl"))
     run.reference = gpt2(seed=1, context=128)
     r = rlaif.roll_out(run)
-    assert {1, 2} & set(r.tokens[r.mask].tolist()), "the example should hold a line end or a tab"
-    assert rlaif.token_table(run) == rlaif.token_table(run, 0)
+    columns = torch.stack([r.logprobs, r.ref_logprobs, r.kl, r.rewards, r.returns, r.values, r.advantages,
+                           r.whitened], dim=2)
+    assert {1, 2} & {*r.tokens[r.mask].tolist()}, "the example should hold a line end or a tab"
     for row in range(8):
         prompt, score, names, *lines = rlaif.token_table(run, row).splitlines()
-        assert len(lines) == r.mask[row].sum(), "one line for each token, whatever is in it, none for padding"
-        assert max(map(len, (prompt, score, names, *lines))) <= 80 and "a\\na\\n" in prompt
-        assert ("\\ta" in prompt) == (r.prompts[row] == odd[1]["prompt"]), "the prompt of another row"
+        assert ("'User: a'" in prompt) == (r.prompts[row] == "a"), "the prompt of another row"
+        assert max(map(len, (prompt, score, names, *lines))) <= 80 and len(names.split("  ")) >= 8
         assert re.findall(r"-?\d+\.\d+", score) == [f"{x[row]:.2f}" for x in (r.raw_scores, r.scores)]
-        assert len(names.split("  ")) >= 8, "every column has a name"
-        for t, line in enumerate(lines):
-            token, *numbers = line.split()
-            assert token == {0: "a", 1: "\\n", 2: "\\t", 3: "<eos>"}[r.tokens[row, t].item()]
-            expected = [x[row, t] for x in (r.logprobs, r.ref_logprobs, r.kl, r.rewards, r.returns, r.values,
-                                            r.advantages, r.whitened)]
-            close([float(x) for x in numbers], expected, "a number of another token", atol=0.00501)
+        tokens, *numbers = zip(*(line.split() for line in lines))
+        own = r.mask[row]
+        assert [*tokens] == [["a", "\\n", "\\t", "<eos>"][i] for i in r.tokens[row, own]], "a line for each"
+        close(torch.tensor([[float(x) for x in column] for column in numbers]).T, columns[row, own],
+              "a number of another token or row", atol=0.00501)
 
 
-INF, BOTH = math.inf, [True, False]
-CHANGES = {  # what a run does -> settings of which it must depend, and values of each
-    "metrics": {
-        "policy": ["policy", "other"], "reference": [None, "other"], "preference": ["preference", "second"],
-        "judge": [None, "judge"], "constitution": [None, "two.txt"], "prompts": ["p.txt", "p.jsonl"],
-        "template": ["{prompt}", "a{prompt}"], "gold": [None, "truth:gold"], "pairs": [8, 9],
-        "preference_epochs": [1, 2], "preference_learning_rate": [1e-3, 1e-2], "iterations": [1, 2],
-        "batch_size": [8, 6], "minibatch_size": [4, 8], "ppo_epochs": [1, 2], "max_new_tokens": [3, 2],
-        "temperature": [0.7, 1.3], "beta": [0.2, 0.6], "kl_level": ["token", "sequence", "batch"],
-        "kl_estimator": ["k1", "k2", "k3"], "beta_control": ["fixed", "batch"], "kl_target": [0.01, 9.0],
-        "kl_horizon": [50.0, 100.0], "whiten_scores": BOTH, "dense_reward": [False, True],
-        "missing_eos_score": [-1.0, 0.0, INF], "value": ["shared", "separate", "preference"],
-        "value_head": ["random", "zero"], "gamma": [1.0, 0.5], "lam": [0.95, 0.5], "whiten_advantages": BOTH,
-        "clip": [0.01, INF], "value_clip": [0.001, INF], "value_coef": [0.5, 0.1], "entropy_coef": [0.0, 0.5],
-        "stop_kl": [INF, 1e-6], "learning_rate": [1e-2, 1e-3], "adam_epsilon": [1e-5, 1e-1],
-        "max_grad_norm": [1.0, 0.01], "seed": [0, 1], "dtype": ["float32", "bfloat16"],
-        "resume": [None, "finished"]},
-    "replies": {"eval_prompts": [None, "p.jsonl"], "eval_samples": [1, 2]}, "files": {"out": [None, "new"]},
-    "passes": {"micro_batch_size": [64, 3]}, "checkpoints": {"save_every": [1, 2]},
-    "error": {"device": ["cpu", "meta"]}}
-JUDGED, STEERED = {"judge": "judge", "constitution": "two.txt"}, {"beta_control": "batch", "iterations": 2}
-MATTERS_WITH = {  # what must be set for a setting to matter
-    "constitution": {"judge": "judge"}, "pairs": JUDGED, "preference_epochs": JUDGED,
-    "preference_learning_rate": JUDGED, "beta_control": {"iterations": 2}, "kl_target": STEERED,
-    "kl_horizon": STEERED, "value_clip": {"ppo_epochs": 2}, "save_every": {"out": "new", "iterations": 3}}
+def test_no_setting_is_ignored():
+    """That each does what it says is proven where it is used."""
+    for field in dataclasses.fields(rlaif.Config):
+        assert re.search(rf"\bconfig\.{field.name}\b", SOURCE), f"nothing reads {field.name}"
 
 
-def observed(settings, passed, reference=None, measured=False):
-    """What a run with these settings can be seen to do."""
-    seen = {"metrics": [], "checkpoints": [], "files": [], "replies": [], "passes": [], "error": ""}
-    try:
-        run = rlaif.prepare(rlaif.Config(**settings), **passed)
-    except ValueError as error:
-        return {**seen, "error": str(error)}
-    run.reference = reference or run.reference
-    if measured:
-        seen["replies"] = rlaif.evaluate(run)[1]
-    run.policy.register_forward_pre_hook(lambda policy, args, given: seen["passes"].append(
-        len(given["input_ids"])), with_kwargs=True)
-    for metrics in rlaif.iterate(run):
-        seen["metrics"].append(metrics)
-        if settings["out"]:
-            path = pathlib.Path(settings["out"], "checkpoint.pt")
-            seen["checkpoints"].append(path.exists() and torch.load(path)["iteration"])
-            seen["files"] = sorted(os.listdir(settings["out"]))
-    return seen
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_no_setting_is_ignored(bench, tmp_path, monkeypatch, capsys):
-    start = {name: values[0] for settings in CHANGES.values() for name, values in settings.items()}
-    assert set(start) == {field.name for field in dataclasses.fields(rlaif.Config)}, "one is not tested"
-    for name in os.listdir(bench):
-        (tmp_path / name).symlink_to(bench / name)
-    monkeypatch.chdir(tmp_path)
-    observed({**start, "out": "finished"}, {})
-    reference, score, known = gpt2(seed=1), letter_preference(), {}  # a KL from the start
-    for what, name in [(what, name) for what, settings in CHANGES.items() for name in settings]:
-        runs = []
-        for value in CHANGES[what][name]:
-            others = MATTERS_WITH.get(name, {})
-            settings = {**start, **others, name: value}
-            if name == "resume" and value:
-                settings = {"out": None, "resume": value}
-            shutil.rmtree("new", ignore_errors=True)
-            from_files = {"policy", "reference", "preference", "judge", "resume"} & {name, *others}
-            passed = {} if from_files else {"policy": gpt2(), "tokenizer": letters(), "score": score}
-            key = str((settings, bool(from_files), what == "replies"))
-            if key not in known:
-                known[key] = observed(settings, passed, None if from_files else reference, what == "replies")
-            runs.append(known[key])
-        assert runs[0]["error"] == "", f"{name}: {runs[0]['error']}"
-        assert all(a[what] != b[what] for a, b in itertools.combinations(runs, 2)), f"{name} changes nothing"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 11. The edge: what users bring, and what goes wrong
-# ------------------------------------------------------------------------------------------------------------
-
-
-def bert(kind, **settings):
-    return getattr(transformers, f"Bert{kind}")(transformers.BertConfig(**{
-        "vocab_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5, **settings})).eval()
+# 11. The edge: what users bring, and what goes wrong --------------------------------------------------------
 
 
 def spoilt(model):
@@ -1845,17 +1600,16 @@ def bench(tmp_path_factory):
     """A folder with models and files, good and bad."""
     folder = tmp_path_factory.mktemp("bench")
     judge, judge_tokenizer = random_judge()
-    roberta = transformers.RobertaConfig(
-        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, is_decoder=True, initializer_range=0.5, pad_token_id=4)
+    small = {"vocab_size": 5, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 16, "max_position_embeddings": 32, "initializer_range": 0.5}
     for name, model in {
-        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32),
-        "nan": spoilt(gpt2()), "preference": scorer(), "second": scorer(1),
-        "two": scorer(outputs=2), "truncated": scorer(),
-        "pickled": scorer(), "custom": gpt2(), "resized": gpt2(), "no tokenizer": gpt2(),
-        "bert": bert("ForSequenceClassification", num_labels=1),
+        "policy": gpt2(), "other": gpt2(seed=1), "long": gpt2(context=32), "nan": spoilt(gpt2()),
+        "preference": scorer(), "two": scorer(outputs=2), "pickled": scorer(), "custom": gpt2(),
+        "resized": gpt2(), "no tokenizer": gpt2(),
+        "bert": transformers.BertForSequenceClassification(transformers.BertConfig(**small, num_labels=1)),
         "mamba": MambaForCausalLM(MambaConfig(vocab_size=6, hidden_size=16, num_hidden_layers=1)),
-        "roberta": transformers.RobertaForCausalLM(roberta),
+        "roberta": transformers.RobertaForCausalLM(transformers.RobertaConfig(
+            **small, is_decoder=True, pad_token_id=4)),
     }.items():
         save_pair(folder / name, model, letters())
     save_pair(folder / "narrow", gpt2(), letters("abcdefgh"))
@@ -1865,29 +1619,25 @@ def bench(tmp_path_factory):
 
     for file in (folder / "no tokenizer").glob("*token*"):
         file.unlink()
-    for name, change in {"custom": {"model_type": "own", "auto_map": {"AutoConfig": "own.Own",
-                                                                     "AutoModelForCausalLM": "own.Own"}},
-                         "resized": {"vocab_size": 6}}.items():
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    for name, change in (("custom", {"model_type": "own", "auto_map": own}), ("resized", {"vocab_size": 6})):
         config = json.loads((folder / name / "config.json").read_text())
         (folder / name / "config.json").write_text(json.dumps({**config, **change}))
     (folder / "custom" / "own.py").write_text("raise SystemExit('code of a model folder was run')")
-    torch.save(load_file(folder / "pickled" / "model.safetensors"), folder / "pickled" / "pytorch_model.bin")
-    (folder / "pickled" / "model.safetensors").unlink()
-    whole = (folder / "truncated" / "model.safetensors").read_bytes()
-    (folder / "truncated" / "model.safetensors").write_bytes(whole[:1000])
-
+    weights = folder / "pickled" / "model.safetensors"
+    torch.save(load_file(weights), folder / "pickled" / "pytorch_model.bin")
+    weights.unlink()
     (folder / "not a run").mkdir()
     (folder / "not a run" / "config.json").write_text("{}")
-    for name, data in {
-        "p.txt": b"ab\nc\n", "p.jsonl": b'{"prompt": "ba"}\n{"prompt": "c", "other": 1}\n', "empty.txt": b"",
-        "blank.txt": b"ab\n \nc", "other.txt": "\u0436".encode(),
-        "long.txt": b"ab\n" + b"a" * 14, "broken.jsonl": b'{"prompt": "a"}\n{"prompt": 3}\n',
-        "two.txt": b"ab\ncd\n", "surrogate.jsonl": b'{"prompt": "\\ud800"}\n', "p.csv": b"prompt\nab\n",
-        "said.jsonl": b'{"messages": [{"role": "assistant", "content": "b"}]}',
-        "eos.txt": b"ab\nc<eos>a\n",
-        "truth.py": b"def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
+    for name, text in {
+        "p.txt": "ab\nc\n", "two.txt": "ab\ncd\n", "empty.txt": "", "blank.txt": "ab\n \nc",
+        "other.txt": "\u0436", "long.txt": "ab\n" + "a" * 14, "eos.txt": "ab\nc<eos>a\n",
+        "p.csv": "prompt\nab\n", "broken.jsonl": '{"prompt": "a"}\n{"prompt": 3}\n',
+        "surrogate.jsonl": '{"prompt": "\\ud800"}\n',
+        "said.jsonl": '{"messages": [{"role": "assistant", "content": "b"}]}',
+        "truth.py": "def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
     }.items():
-        (folder / name).write_bytes(data)
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -1907,9 +1657,14 @@ def assert_no_line_wraps(out, err):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes most of the time of so short a run."""
+def in_bench(bench, monkeypatch):
+    """The bench as working directory, a terminal of 80 columns, and no pictures, which would take most of the
+    time of so short a run."""
+    monkeypatch.chdir(bench)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("LINES", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    return bench
 
 
 TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2, "--batch_size", 4,
@@ -1931,8 +1686,8 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
     ("--reference", "policy", "--policy", "long"): "reference context",
     ("--preference", "policy"): "preference policy fill score", ("--preference", "two"): "preference 2 one",
     ("--preference", "bert", "--dense_reward", "True"): "left right",
-    ("--preference", "truncated"): "preference truncated", ("--preference", "pickled"): "preference pickled",
-    ("--judge", "nan judge"): "judge finite", ("--judge", "odd judge"): "element 7",
+    ("--preference", "pickled"): "preference pickled", ("--judge", "nan judge"): "judge finite",
+    ("--judge", "odd judge"): "element 7",
     ("--judge", "policy"): "judge A B", ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
     ("--resume", "not a run"): "resume not a run/config.json", ("--out", "p.txt"): "out p.txt",
     ("--no_such_flag", 1): "no_such_flag",
@@ -1940,15 +1695,13 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
 
 
 @pytest.mark.parametrize("flag", BAD_FLAGS, ids=lambda flag: " ".join(map(str, flag)))
-def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(
-        flag, bench, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    before = sorted(bench.rglob("*"))
+def test_bad_input_ends_with_one_clear_sentence_and_exit_code_two(flag, in_bench, capsys):
+    before = sorted(in_bench.rglob("*"))
     code, out, err = run_main(capsys, *BENCH_FLAGS, *flag)
     message = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and len(message) == 1 and message[0].startswith("rlaif: ") and not out, err
     assert all(word in message[0] for word in BAD_FLAGS[flag].split()), message[0]
-    assert sorted(bench.rglob("*")) == before, "nothing may be written before all is known to be good"
+    assert sorted(in_bench.rglob("*")) == before, "nothing may be written before all is known to be good"
 
 
 @pytest.mark.parametrize("flags", [["--beta", "high"], ["--kl_level", "word"]])
@@ -1961,28 +1714,27 @@ def test_a_flag_that_argparse_does_not_take_ends_with_its_own_line(flags, capsys
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_whole_pipeline_from_a_judge(in_bench, tmp_path, capsys):
     out = tmp_path / "run"
     code, said, err = run_main(capsys, *BENCH_FLAGS, "--judge", "judge", "--constitution", "two.txt",
                                "--template", "a{prompt}\\nb", "--pairs", 40, "--preference_epochs", 1,
-                               "--beta", 0.5, "--out", out)
+                               "--beta", 0.5, "--dtype", "bfloat16", "--out", out)
     assert code == 0, err
-    assert f"--resume {out}" in said and "both orders" in said and "ln 2" in said and "matplotlib" in said
+    assert f"python rlaif.py --resume {out}\n" in said and "matplotlib" in said
+    assert "both orders" in said and "ln 2" in said
     assert sorted(os.listdir(out)) == ["before.json", "checkpoint.pt", "config.json", "labels.pt",
                                        "metrics.jsonl", "policy", "preference", "samples.md"]
     assert_no_line_wraps(said.replace(str(out), ""), err)
     for name, side in (("preference", "right"), ("policy", "left")):
         assert AutoTokenizer.from_pretrained(out / name).padding_side == side, f"{name}: the wrong side"
-    model = AutoModelForSequenceClassification.from_pretrained(out / "preference")
-    kept = torch.load(out / "labels.pt")
+    model = AutoModelForSequenceClassification.from_pretrained(out / "preference", dtype=torch.float32)
     run = rlaif.prepare(rlaif.Config(resume=str(out)))
     assert run.score.template == run.config.template == "a{prompt}\nb", "as a shell passes it"
     rows = run.score.tokenize(run.prompts, ["c", "b"], [True, False])
     assert rows == [[0, 0, 1, 1, 2, EOS], [0, 2, 1, 1]], "line ends are no letters here; the template is read"
-    assert all(row[0] == 0 and 1 in row for row in kept["rows_a"] + kept["rows_b"]), "and in the fit"
-    assert all_equal(weights_of(run.score.model), weights_of(model)), "another model scores"
+    labels = torch.load(out / "labels.pt")
+    assert all(row[0] == 0 and 1 in row for row in labels["rows_a"] + labels["rows_b"]), "and in the fit"
+    assert all_equal(weights_of(run.score.model), weights_of(model)), "another model scores, or a rounded one"
     code, again, err = run_main(capsys, "--resume", out)
     assert code == 0, err
     kl = re.compile(r"^kl +(\S+) +(\S+)$", re.MULTILINE)
@@ -1992,21 +1744,18 @@ def test_the_whole_pipeline_from_a_judge(bench, tmp_path, capsys, monkeypatch, n
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
-        bench, tmp_path, capsys, monkeypatch, no_pictures):
+def test_what_is_printed_fits_a_terminal_and_what_is_measured_is_bounded(
+        in_bench, tmp_path, capsys, monkeypatch):
     """Nothing is cut from the bar; a terminal that has no emoji gets something in its place."""
-    monkeypatch.chdir(bench)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("LINES", raising=False)
     prompt = "\U0001F600" + 30 * "abc"
-    (tmp_path / "long.txt").write_text(prompt + "\nc\n", encoding="utf-8")
-    policy = save_pair(tmp_path / "policy", gpt2(context=256), letters())
-    preference = save_pair(tmp_path / "preference", scorer(context=256), letters())
+    (tmp_path / "long.txt").write_text("\n".join([prompt, "c"] * 100), encoding="utf-8")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
-    code, _, err = run_main(capsys, *BENCH_FLAGS, "--policy", policy, "--preference", preference,
-                            "--gold", "truth:gold", "--prompts", tmp_path / "long.txt",
-                            "--max_new_tokens", 9, "--out", tmp_path / "run")
+    code, _, err = run_main(
+        capsys, *BENCH_FLAGS, "--policy", save_pair(tmp_path / "policy", gpt2(context=256), letters()),
+        "--preference", save_pair(tmp_path / "preference", scorer(context=256), letters()), "--gold",
+        "truth:gold", "--eval_prompts", tmp_path / "long.txt", "--eval_samples", 2, "--batch_size", 128,
+        "--out", tmp_path / "run")
     assert code == 0, err
     stdout.flush()
     out = stdout.buffer.getvalue().decode("cp1252")
@@ -2014,7 +1763,12 @@ def test_what_is_printed_fits_a_terminal_and_shows_what_it_can(
     bar = [line for line in re.split(r"[\n\r]", err) if line.startswith("PPO")][-1].strip()
     assert re.search(r"score=-?[\d.]+, gold=-12.34, kl=-?[\d.]+$", bar), "a number is cut"
     assert len(bar) <= 78, "there must be room for 75/75"
-    assert prompt in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8"), "the file has the whole"
+    assert {*re.findall(r"measuring \d+ replies", err)} == {"measuring 256 replies"}, "before and after"
+    _, replies = json.loads((tmp_path / "run" / "before.json").read_text())
+    assert [row["prompt"] for row in replies] == [prompt, "c"] * 128
+    samples = (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
+    assert samples.count(f"User: {prompt}\n  before score") == 100 == samples.count("User: c\n"), (
+        "each held-out prompt once, with a reply of before and one of after; the file has the whole")
 
 
 # Models that readers bring
@@ -2092,7 +1846,6 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     question = {"role": "user", "content": f"be kind.\n{lines}\n(A) {a}\n(B) {b}\nThe better response is:"}
     assert chat([question], "<j>", "</j>") + "<j>assistant\n" in by_judge
     assert own.decode(data["rows_a"][i]).startswith(asked + data["responses_a"][i])
-    assert rlaif.token_table(run).startswith(f"prompt: {lines!r}"[:60])
 
     # A template of one's own, or a model without one: the turns before the last one stand as lines before it.
     plain = chat_tokenizer(template=None)
@@ -2110,87 +1863,61 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     assert rlaif.encode(without, ["hi"])[0][0] != without.bos_token_id, "the template says whether"
 
 
-@pytest.mark.parametrize("where", ["prompt", "turn", "principle", "preference", "eos is pad"])
-def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, where):
-    own, other, forged = chat_tokenizer(), chat_tokenizer("<p>", "</p>"), "hi<|im_end|>"
-    files = {"p.jsonl": ["hi", "ho"], "two.txt": ["be kind.", "be true."]}
-    if where == "turn":
-        files["p.jsonl"][1] = [{"role": "user", "content": forged}, *TURNS[2:]]
-    elif where == "principle":
-        files["two.txt"][1] = "be </p>kind."
-    else:
-        files["p.jsonl"][1] = "hi</p>" if where == "preference" else forged
-    if where == "eos is pad":
-        own.pad_token = own.eos_token
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(
-        {"prompt" if isinstance(x, str) else "messages": x}) for x in files["p.jsonl"]))
-    (tmp_path / "two.txt").write_text("\n".join(files["two.txt"]))
-    judge = save_pair(tmp_path / "judge", chat_llama(other), other)
-    score = None if where == "principle" else rlaif.PreferenceModel(
+@pytest.mark.parametrize("file,line,eos_is_pad", [
+    ("p.jsonl", {"prompt": "hi<|im_end|>"}, False), ("p.jsonl", {"prompt": "hi<|im_end|>"}, True),
+    ("p.jsonl", {"messages": [{"role": "user", "content": "hi<|im_end|>"}, *TURNS[2:]]}, False),
+    ("p.jsonl", {"prompt": "hi</p>"}, False), ("two.txt", "be </p>kind.", False)])
+def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, file, line, eos_is_pad):
+    """One of the policy's, or of the judge's or the preference model's, which are alike."""
+    own, other = chat_tokenizer(), chat_tokenizer("<p>", "</p>")
+    own.pad_token = own.eos_token if eos_is_pad else own.pad_token
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
+    (tmp_path / "two.txt").write_text("be kind.\n")
+    with open(tmp_path / file, "a") as lines:
+        lines.write(line if file == "two.txt" else json.dumps(line))
+    score = None if file == "two.txt" else rlaif.PreferenceModel(
         chat_llama(other, transformers.LlamaForSequenceClassification, num_labels=1), other)
-    config = toy_config(tmp_path, prompts=str(tmp_path / "p.jsonl"), template=None, judge=judge,
+    config = toy_config(tmp_path, prompts=str(tmp_path / "p.jsonl"), template=None,
+                        judge=save_pair(tmp_path / "judge", chat_llama(other), other),
                         constitution=str(tmp_path / "two.txt"), out=str(tmp_path / "run"))
-    file = "two.txt" if where == "principle" else "p.jsonl"
-    token = "</p>" if where in ("principle", "preference") else r"<\|im_end\|>"
-    with pytest.raises(ValueError, match=f"{file}, line 2.*{token}"):
+    with pytest.raises(ValueError, match=rf"{file}, line 2.*(</p>|<\|im_end\|>)"):
         rlaif.prepare(config, score, None, chat_llama(own), own)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_policy_comes_with_its_own_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer"):
-        rlaif.prepare(toy_config(tmp_path), count_a, None, gpt2())
-
-
-def contexts(tmp_path, role, room, **special):
-    """`prepare` where the model of `role` has `room` tokens beyond what the longest prompt and its reply of 3
-    take in the template of 10 tokens "aaaaa{prompt}bbbbb", the others plenty -> Run."""
-    longest, sizes = 7, dict.fromkeys(("policy", "preference", "judge"), 400)
-    (tmp_path / "p.txt").write_text("\n".join(["ab", "c", "abcabca"] * 11))
-    sizes[role] = 10 + longest + 3 + room
-    if role == "judge":
-        question = rlaif.JUDGE_QUESTION.format(principle=5 * "be kind", turns="User: abcabca", a="", b="")
-        sizes["judge"] = len(letters(ALPHABET)(question).input_ids) + 2 * 3 + room
-    (tmp_path / "one.txt").write_text("ab\n" + 5 * "be kind")
-    judge = save_pair(tmp_path / "judge", gpt2(len(ALPHABET) + 1, context=sizes["judge"]), letters(ALPHABET))
-    tokenizer = letters()
-    if special:
-        tokenizer.eos_token = None
-    score = rlaif.PreferenceModel(scorer(context=sizes["preference"]), tokenizer, "aaaaa{prompt}bbbbb")
-    config = toy_config(tmp_path, judge=judge, constitution=str(tmp_path / "one.txt"), pairs=64,
-                        preference_epochs=1, iterations=20, batch_size=30, out=str(tmp_path / "run"),
-                        prompts=str(tmp_path / "p.txt"), template="aaaaa{prompt}bbbbb", learning_rate=0.0)
-    return rlaif.prepare(config, None if role == "judge" else score, None, gpt2(context=sizes["policy"]),
-                         letters())
-
-
-@pytest.mark.parametrize("role", ["policy", "preference", "judge"])
-def test_a_context_too_short_for_the_longest_prompt_is_said_before_anything_is_written(tmp_path, role):
-    with pytest.raises(ValueError, match=rf"p.txt, line 3: .*{role}.*context"):
-        contexts(tmp_path, role, room=-1)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("role,special", [
-    ("policy", {}), ("preference", {}), ("judge", {}), ("preference", {"eos": None})])
-def test_where_the_longest_prompt_fits_every_reply_does(tmp_path, role, special):
-    """At the smallest context that `prepare` takes, the longest prompt and reply are read."""
+@pytest.mark.parametrize("role", ["policy", "preference", "preference without EOS", "judge"])
+def test_a_context_is_refused_at_once_or_has_room_for_the_longest_prompt_and_any_reply(tmp_path, role):
+    """The longest has 7 tokens, its template 10 and its reply 3; the other models have plenty of room."""
+    name, longest, template, principle = role.split()[0], "abcabca", "aaaaa{prompt}bbbbb", 5 * "be kind"
+    (tmp_path / "p.txt").write_text("\n".join(["ab", "c", longest] * 11))
+    (tmp_path / "two.txt").write_text("ab\n" + principle)
+    question = rlaif.JUDGE_QUESTION.format(principle=principle, turns=f"User: {longest}", a="", b="")
+    needed = {"policy": 20, "preference": 20, "judge": len(letters(ALPHABET)(question).input_ids) + 6}
+    own = letters()
+    own.eos_token = None if "without" in role else own.eos_token
     for room in range(-1, 9):
-        with contextlib.suppress(ValueError):
-            run = contexts(tmp_path, role, room, **special)
+        contexts = {**dict.fromkeys(needed, 400), name: needed[name] + room}
+        judge = gpt2(len(ALPHABET) + 1, context=contexts["judge"])
+        config = toy_config(tmp_path, prompts=str(tmp_path / "p.txt"), template=template, pairs=64,
+                            judge=save_pair(tmp_path / "judge", judge, letters(ALPHABET)), batch_size=30,
+                            constitution=str(tmp_path / "two.txt"), preference_epochs=1, learning_rate=0.0,
+                            out=str(tmp_path / "run"))
+        score = rlaif.PreferenceModel(scorer(context=contexts["preference"]), own, template)
+        try:
+            run = rlaif.prepare(config, None if name == "judge" else score, None,
+                                gpt2(context=contexts["policy"]), letters())
             break
-        assert not (tmp_path / "run" / "labels.pt").exists(), "found out late"
-    assert role != "policy" or room == 0, "a context that just suffices is refused"
-    replies = ["ccc", "ab"], ["aaa", "b"]
-    if role == "judge":
-        judge, own = rlaif.load(AutoModelForCausalLM, str(tmp_path / "judge"), "judge", "cpu")
-        rlaif.judge_pairs(judge, own, [5 * "be kind"], ["abcabca"] * 2, *replies)
-    elif role == "preference":
-        run.score(["abcabca"] * 2, replies[0], [False, True])
-    for _ in range(2):
-        rlaif.roll_out(run, ["abcabca"] * 32)
-    assert (rlaif.roll_out(run, ["abcabca"] * 32).mask.sum(dim=1) == 3).any()
+        except ValueError as error:
+            assert re.search(rf"p.txt, line 3: .*{name}.*context", str(error)), error
+            assert not (tmp_path / "run").exists(), "found out late"
+    assert room == 0 or room > 0 and name != "policy", "taken too early, or refused where it suffices"
+    if name == "judge":
+        rlaif.judge_pairs(judge, letters(ALPHABET), [principle], [longest] * 2, ["ccc", "ab"], ["aaa", "b"])
+    if name == "preference":
+        run.score([longest] * 2, ["ccc", "ab"], [False, True])
+    lengths = [rlaif.roll_out(run, [longest] * 32).mask.sum(dim=1) for _ in range(3)]
+    assert (lengths[-1] == 3).any()
 
 
 def test_a_position_table_that_is_shorter_than_the_config_says_is_found_before_the_run(tmp_path):
@@ -2213,271 +1940,133 @@ def test_a_chat_template_that_opens_a_thought_is_no_judges(tmp_path):
         assert judged(end).shape == (1, 2)
 
 
-def test_a_judge_near_chance_is_warned_of_and_the_shipped_one_is_not(tmp_path, bench, capsys):
-    shipped = {"policy": str(HERE / "tiny_models/policy"), "judge": str(HERE / "tiny_models/judge")}
-    settings = {"pairs": 40, "preference_epochs": 1, "batch_size": 10, "device": "cpu"}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        rlaif.prepare(rlaif.Config(**shipped, **settings))
-    line = re.search(r"orders (\d+)%.*two (\d+)%,\s.*answers (\S+)", capsys.readouterr().out)
-    same, first, hold = line.groups()
-    assert int(same) >= 60 and 35 <= int(first) <= 65 and float(hold) > 0.95, (same, first, hold)
-    assert not [w for w in said if "judge is near chance" in str(w.message)]
-    with pytest.warns(UserWarning, match="judge is near chance"):
-        rlaif.prepare(toy_config(tmp_path, policy=str(bench / "policy"), judge=str(bench / "judge"), pairs=20,
-                                 preference_epochs=1))
-
-
-def answering(monkeypatch, prob_first, hold):
-    """A judge that says A with these probabilities, (n, 2) in both orders; the second time they hold less."""
-    answers = iter(zip(torch.tensor(prob_first).T, (hold, hold - 0.1)))
-
-    def ask(judge, tokenizer, questions, chunk=256):
-        p, hold = next(answers)
-        return (torch.stack([p, 1 - p], dim=1) * hold).log()
-    monkeypatch.setattr(rlaif, "ask_judge", ask)
-
-
-@pytest.mark.parametrize("prob_first,hold,near_chance", [
-    ([[0.9, 0.1]] * 6 + [[0.9, 0.9], [0.1, 0.1]] * 2, 0.9, False),
-    ([[0.9, 0.1]] * 6 + [[0.9, 0.9]] * 4, 0.9, False),
-    ([[0.9, 0.1]] * 5 + [[0.9, 0.9], [0.1, 0.1]] * 2 + [[0.9, 0.9]], 0.9, True),
-    ([[0.9, 0.1]] * 10, 0.4, True), ([[0.9, 0.1]] * 10, 0.6, False)])
-def test_what_the_first_labels_say_of_a_judge(tmp_path, monkeypatch, recwarn, prob_first, hold, near_chance):
-    """Same in both orders, first picked, probability of the answers: by hand, of ten pairs."""
-    answering(monkeypatch, prob_first, hold)
-    worth, ten = {}, ["a"] * 10
-    rlaif.judge_pairs(None, None, ["be kind"], ten, ten, ten, worth=worth)
-    same = sum((a > 0.5) != (b > 0.5) for a, b in prob_first) / 10
-    close([worth["same"], worth["first"], worth["hold"]],
-          [same, sum((a > 0.5) + (b > 0.5) for a, b in prob_first) / 20, hold - 0.05],
-          "another share", 1e-6)
-    answering(monkeypatch, prob_first, hold)
-    with contextlib.suppress(ValueError):  # so few pairs may teach nothing
-        config = toy_config(tmp_path, pairs=10, preference_epochs=1)
-        rlaif.preference_from_judge(config, gpt2(), letters(), None, None, ["be kind"], ["ab", "c"])
-    assert any("judge is near chance" in str(w.message) for w in recwarn) == near_chance
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_measuring_is_bounded_and_says_how_much(bench, tmp_path, capsys, monkeypatch, no_pictures):
-    monkeypatch.chdir(bench)
-    (tmp_path / "many.txt").write_text("ab\nc\nb\na\n" * 250)
-    code, _, err = run_main(capsys, *BENCH_FLAGS, "--batch_size", 128, "--iterations", 1, "--eval_prompts",
-                            tmp_path / "many.txt", "--out", tmp_path / "run", "--minibatch_size", 128)
-    assert code == 0, err
-    assert "measuring 256 replies" in err
-    _, replies = json.loads((tmp_path / "run" / "before.json").read_text())
-    assert [row["prompt"] for row in replies] == ["ab", "c", "b", "a"] * 64
+@pytest.mark.parametrize("same,first,hold,near_chance", [
+    (0.6, 0.3, 0.5, False), (1.0, 0.7, 1.0, False), (0.59, 0.5, 0.9, True), (0.9, 0.29, 0.9, True),
+    (0.9, 0.71, 0.9, True), (0.9, 0.5, 0.49, True)])
+def test_a_judge_whose_first_labels_are_near_chance_is_warned_of(monkeypatch, recwarn, same, first, hold,
+                                                                 near_chance):
+    def judged(*args, worth, **more):
+        worth.update(same=same, first=first, hold=hold)
+        return torch.linspace(0, 1, len(args[3]))
+    monkeypatch.setattr(rlaif, "judge_pairs", judged)
+    w = uneven_world()
+    rlaif.preference_from_judge(w.config, w.policy, w.tokenizer, None, None, ["be kind"], w.prompts)
+    assert any("judge is near chance" in str(warning.message) for warning in recwarn) == near_chance
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("error", [
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), MemoryError(),
-    RuntimeError("inline_container.cc: file write failed\nat 0x7"), OSError(28, "No space left on device")])
-def test_errors_of_the_machine_are_one_sentence_too(bench, tmp_path, capsys, monkeypatch, no_pictures, error):
-    monkeypatch.chdir(bench)
-
+    RuntimeError("inline_container.cc: file write failed\nat 0x7"), OSError(28, "No space left on device"),
+    KeyboardInterrupt()])
+def test_errors_of_the_machine_are_one_sentence_too(in_bench, tmp_path, capsys, monkeypatch, error):
     def fail(*args):
         raise error
-    monkeypatch.setattr(torch, "save", fail)
-    code, _, err = run_main(capsys, *BENCH_FLAGS, "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        code, _, err = run_main(capsys, *BENCH_FLAGS, "--out", tmp_path / "run")
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("rlaif: ") and last.count("rlaif") == 1, err
+    assert last.startswith("rlaif: ") and last.count("rlaif") == 1, err
     assert ("micro_batch_size" in last) == ("memory" in repr(error).lower()), "say what takes less"
-    monkeypatch.undo()
-    monkeypatch.chdir(bench)
+    assert (code, last) == (130, "rlaif: stopped") if isinstance(error, KeyboardInterrupt) else code == 2
     assert run_main(capsys, "--resume", tmp_path / "run")[0] == 0
 
 
-class Adapted(transformers.GPT2LMHeadModel):
-    """A stand-in for a model of peft: all but a small addition is frozen, and the addition can be off."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.requires_grad_(False)
-        self.addition = torch.nn.Parameter(torch.zeros(config.n_embd))
-        self.on = True
-
-    def forward(self, *args, **more):
-        norm = self.transformer.ln_f
-        handle = norm.register_forward_hook(lambda module, args, out: out + self.addition if self.on else out)
-        try:
-            return super().forward(*args, **more)
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def disable_adapter(self):
-        self.on = False
-        yield
-        self.on = True
-
-
 def test_an_adapter_learns_with_a_shared_value_and_a_given_score_and_else_is_refused(tmp_path, bench):
-    settings = {"missing_eos_score": math.inf, "iterations": 2, "out": str(tmp_path / "run")}
-    policy = gpt2(kind=Adapted)
-    frozen = {name: x.clone() for name, x in policy.named_parameters() if name != "addition"}
+    """A stand-in for a model of peft: all but a small addition is frozen, and the addition can be off."""
+    policy = gpt2().requires_grad_(False)
+    policy.transformer.ln_f.bias.requires_grad_(True)
+    policy.disable_adapter, frozen = contextlib.nullcontext, weights_of(policy.transformer.h)
     for refused in ({"value": "separate"}, {"value": "preference"}, {"judge": str(bench / "judge")}):
-        score = letter_preference() if refused.get("value") else None
+        score = None if "judge" in refused else rlaif.PreferenceModel(scorer(), letters(), "{prompt}")
+        config = toy_config(tmp_path, out=str(tmp_path / "run"), **refused)
         with pytest.raises(ValueError, match="adapter.*value shared"):
-            rlaif.prepare(toy_config(tmp_path, **settings, **refused), score, None, policy, letters())
-    with pytest.raises(ValueError, match="nothing can be learned"):
-        toy_run(tmp_path, policy=gpt2(kind=Adapted).requires_grad_(False), **settings)
+            rlaif.prepare(config, score, None, policy, letters())
     assert not (tmp_path / "run").exists(), "refused before anything is written"
-    run = toy_run(tmp_path, policy=policy, **{**settings, "out": None})
+    run = toy_run(tmp_path, policy=policy, missing_eos_score=math.inf, iterations=2)
     first, second = (rlaif.update(run, rlaif.roll_out(run)) for _ in range(2))
     assert first["kl"] == 0 and second["kl"] != 0, "the reference is the policy as it was, and stays so"
-    assert policy.addition.abs().max() > 0 and all(x.requires_grad == (name == "addition")
-                                                   for name, x in policy.named_parameters())
-    assert all(torch.equal(x, dict(policy.named_parameters())[name]) for name, x in frozen.items())
+    assert [x for x in policy.parameters() if x.requires_grad] == [policy.transformer.ln_f.bias]
+    assert all_equal(frozen, weights_of(policy.transformer.h)), "what was frozen has moved"
 
 
 # Resuming
 
 
-def settings_of(bench, **more):
-    """A run from files alone, whose last iteration is no multiple of save_every."""
-    return {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "iterations": 5,
-            "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
-            "value_head": "random", "pairs": 40, "preference_epochs": 2, "reference": str(bench / "other"),
-            "eval_samples": 1, **more}
+CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
+    "while judging": ("judge_pairs", 2, "config.json labels.pt"),
+    "in the fit": ("preference_loss", 2, "config.json labels.pt"),
+    "before the first checkpoint": ("record", 2, "config.json labels.pt metrics.jsonl preference"),
+    "between two checkpoints": ("record", 4, "checkpoint.pt config.json labels.pt metrics.jsonl preference"),
+    "after the last iteration": (
+        "never", 1, "checkpoint.pt config.json labels.pt metrics.jsonl policy preference"),
+    "without a judge": ("record", 4, "checkpoint.pt config.json metrics.jsonl"),
+}
 
 
-def killed_at(monkeypatch, name, call):
-    """Ctrl-C where the function is called for the so-many-th time."""
-    calls, function = [], getattr(rlaif, name)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_run_goes_on_as_if_it_had_not_been_cut(in_bench, tmp_path, monkeypatch, device, cut):
+    """From files alone, and its last iteration is no multiple of save_every. The same bytes in metrics.jsonl
+    and the same bits in the weights; labels are not asked for again."""
+    settings = {"policy": str(in_bench / "policy"), "reference": str(in_bench / "other"), "iterations": 5,
+                "save_every": 2, "ppo_epochs": 1, "learning_rate": 3e-3, "missing_eos_score": math.inf,
+                "eval_samples": 1, "device": device}
+    if cut == "without a judge":
+        settings |= {"preference": str(in_bench / "preference"), "value": "separate", "value_head": "random",
+                     "beta_control": "batch", "kl_target": 0.1}
+    else:
+        settings |= {"judge": str(in_bench / "judge"), "value": "preference", "pairs": 40,
+                     "preference_epochs": 2}
+    (function, call, there), calls, runs = CUTS[cut], [], [tmp_path / "whole", tmp_path / "cut"]
 
-    def called(*args, **more):
-        calls.append(name)
+    def killed(*args, right=getattr(rlaif, CUTS[cut][0], None), **more):
+        calls.append(function)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return function(*args, **more)
-    monkeypatch.setattr(rlaif, name, called)
-
-
-def ends_of(folder):
-    return (folder / "metrics.jsonl").read_bytes(), weights_of(
-        AutoModelForCausalLM.from_pretrained(folder / "policy"))
-
-
-JUDGED_SO_FAR = ["config.json", "labels.pt"]
-CUTS = {  # where a run is cut: the call of a function that does not happen, and what is there by then
-    "while judging": ("judge_pairs", 2, JUDGED_SO_FAR),
-    "in the fit": ("preference_loss", 2, JUDGED_SO_FAR),
-    "before the first checkpoint": ("record", 2, [*JUDGED_SO_FAR, "metrics.jsonl", "preference"]),
-    "between two checkpoints": ("record", 4, None),
-    "after the last iteration": (None, None, None),
-}
-LATE = list(CUTS)[3:]
-MODES = [("judged", cut, {"value": "preference", "value_head": "zero"}) for cut in CUTS] + [
-    ("steered", LATE[0], {"value": "separate", "beta_control": "batch", "kl_target": 0.1})]
-
-
-@pytest.fixture(scope="module")
-def uncut(bench, tmp_path_factory):
-    """What runs write that nothing cuts: metrics and weights."""
-    runs = {}
-
-    def whole(mode, settings, device):
-        folder = tmp_path_factory.mktemp("whole")
-        if (mode, device) not in runs:
-            list(rlaif.train(toy_config(folder, **settings, out=str(folder / "run"))))
-            runs[mode, device] = ends_of(folder / "run")
-        return runs[mode, device]
-    return whole
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode,cut,settings", MODES)
-def test_a_run_goes_on_as_if_it_had_not_been_cut(
-        bench, uncut, tmp_path, monkeypatch, device, mode, cut, settings):
-    """The same bytes in metrics.jsonl and the same bits in the weights; labels are not asked for again."""
-    settings = settings_of(bench, device=device, **settings)
-    if mode == "judged":
-        settings["judge"] = str(bench / "judge")
-    whole = uncut(mode, settings, device)
-    name, call, there = CUTS[cut]
-    with monkeypatch.context() as patch:
-        if name:
-            killed_at(patch, name, call)
-        with pytest.raises(KeyboardInterrupt) if name else contextlib.nullcontext():
-            list(rlaif.train(toy_config(tmp_path, **settings, out=str(tmp_path / "run"))))
-    if there:
-        assert sorted(os.listdir(tmp_path / "run")) == there
-    labels = tmp_path / "run" / "labels.pt"
+        return right(*args, **more)
+    list(rlaif.train(toy_config(tmp_path, **settings, out=str(runs[0]))))
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(rlaif, function, killed, raising=False)
+        list(rlaif.train(toy_config(tmp_path, **settings, out=str(runs[1]))))
+    assert sorted(os.listdir(runs[1])) == there.split()
     if cut == "while judging":
-        assert len(torch.load(labels)["prob_a"]) == 32, "the first chunk of labels is kept"
-    (tmp_path / "run" / "policy.new").mkdir(exist_ok=True)  # left behind by a crash, as is half a line
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        assert len(torch.load(runs[1] / "labels.pt")["prob_a"]) == 32, "the first chunk of labels is kept"
+    elif function != "never":
+        monkeypatch.setattr(rlaif, "judge_pairs", lambda *args, **more: pytest.fail("labels are asked again"))
+    (runs[1] / "policy.new").mkdir(exist_ok=True)  # left behind by a crash, as is half a line
+    with open(runs[1] / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 9, "sco')
-    if cut in ("in the fit", *LATE):
-        monkeypatch.setattr(rlaif, "judge_pairs",
-                            lambda *args, **more: pytest.fail("labels are asked for again"))
-    list(rlaif.train(rlaif.Config(resume=str(tmp_path / "run"))))
-    metrics, weights = ends_of(tmp_path / "run")
-    assert metrics == whole[0], "metrics.jsonl is another"
-    assert all_equal(weights, whole[1]), "the policy is another"
-    assert len(metrics.splitlines()) == 5
+    assert rlaif.main(["--resume", str(runs[1])]) == 0
+    metrics = [(folder / "metrics.jsonl").read_bytes() for folder in runs]
+    assert metrics[0] == metrics[1] and len(metrics[0].splitlines()) == 5, "metrics.jsonl is another"
+    ends = [weights_of(AutoModelForCausalLM.from_pretrained(folder / "policy")) for folder in runs]
+    assert all_equal(*ends), "the policy is another"
+    assert (runs[1] / "before.json").exists() == ("checkpoint.pt" not in there), "not before any training"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_after_too_little_memory_in_the_fit_a_smaller_micro_batch_goes_on(bench, tmp_path, monkeypatch):
-    """To a millionth of the largest score; labels are kept."""
-    settings = settings_of(bench, judge=str(bench / "judge"), iterations=1, preference_learning_rate=1e-5)
-    whole, out = rlaif.prepare(toy_config(tmp_path, **settings)).score, tmp_path / "run"
-
-    def limited(loss):
-        raise RuntimeError("not enough memory")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
-        patch.setattr(torch.Tensor, "backward", limited)
-        rlaif.prepare(toy_config(tmp_path, **settings, out=str(out)))
-    assert sorted(os.listdir(out)) == JUDGED_SO_FAR
-    again = rlaif.prepare(rlaif.Config(resume=str(out), micro_batch_size=5))
-    again.score.chunk = whole.chunk
-    scores = torch.tensor(whole(["ab"] * 40, TEXTS))
-    assert (scores - torch.tensor(again.score(["ab"] * 40, TEXTS))).abs().max() < 1e-6 * scores.abs().max()
-
-
-def stopped_run(folder, after, policy=None, **settings):
-    """A run that is given its parts in Python and stopped after some iterations as a notebook stops one."""
-    config = toy_config(folder.parent, **{"iterations": 4, "save_every": 2, "ppo_epochs": 1,
-                                          "learning_rate": 3e-3, "missing_eos_score": math.inf,
-                                          "out": str(folder), **settings})
-    loop = rlaif.train(config, score=count_a, policy=policy or gpt2(), tokenizer=letters())
-    return [next(loop) for _ in range(after)]
-
-
-def go_on(folder, policy=None, **settings):
-    """The rest of a stopped run -> its policy, and the metrics of its new iterations."""
-    policy = policy or gpt2()
-    config = rlaif.Config(resume=str(folder), **settings)
-    return policy, list(rlaif.train(config, score=count_a, policy=policy, tokenizer=letters()))
-
-
-def test_a_run_goes_on_in_a_copy_of_its_folder_and_a_finished_one_has_nothing_more_to_do(tmp_path):
-    whole = stopped_run(tmp_path / "whole", 4)
-    stopped_run(tmp_path / "first", 3)
-    shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    before = {path: path.read_bytes() for path in (tmp_path / "first").rglob("*") if path.is_file()}
-    policy, rest = go_on(tmp_path / "copy", gpt2(seed=9))  # any weights: the checkpoint's go in
-    assert rest == whole[2:]
-    assert before == {path: path.read_bytes() for path in before}, "the first folder is left alone"
-    again, rest = go_on(f"{tmp_path}/first/../copy/")
-    assert rest == [] and all_equal(weights_of(again), weights_of(policy)), "any name of the folder will do"
-
-
 @pytest.mark.parametrize("after", [3, 1])
-def test_the_policy_of_a_notebook_that_has_taken_steps_goes_on_from_its_checkpoint(tmp_path, after):
-    """Also where there is none yet; and its reference is the policy that it first was."""
-    whole, policy = stopped_run(tmp_path / "whole", 4), gpt2()
-    stopped_run(tmp_path / "cut", after, policy)
-    assert not all_equal(weights_of(policy), weights_of(gpt2()))
-    config = rlaif.Config(resume=str(tmp_path / "cut"))
-    run = rlaif.prepare(config, count_a, None, copy.deepcopy(policy), letters())
+def test_a_run_of_a_notebook_goes_on_from_its_checkpoint_in_a_copy_of_its_folder(tmp_path, after):
+    """Also where the policy has taken steps since, and where there is no checkpoint yet. Its reference is the
+    policy that it first was, and once it is over there is nothing more to do."""
+    def loop(name, policy, **resume):
+        config = rlaif.Config(**resume) if resume else toy_config(
+            tmp_path, iterations=4, save_every=2, ppo_epochs=1, out=str(tmp_path / name))
+        return rlaif.train(config, score=count_a, policy=policy, tokenizer=letters())
+    whole, policy = list(loop("whole", gpt2())), gpt2()
+    cut = loop("cut", policy)
+    assert [next(cut) for _ in range(after)] == whole[:after]
+    assert not all_equal(weights_of(policy), weights_of(gpt2())), "the example should take steps"
+    before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    copied = shutil.copytree(tmp_path / "cut", tmp_path / "copy")
+    run = rlaif.prepare(rlaif.Config(resume=str(copied)), count_a, None, copy.deepcopy(policy), letters())
     assert all_equal(weights_of(run.reference), weights_of(gpt2()))
-    _, rest = go_on(tmp_path / "cut", policy)
-    assert rest == whole[after // 2 * 2:]
+    assert list(loop("copy", policy, resume=str(copied))) == whole[after // 2 * 2:]
+    assert before == {path: path.read_bytes() for path in before}, "the first folder is left alone"
+    again = gpt2(seed=9)  # any weights: the checkpoint's go in; and any name of the folder will do
+    assert list(loop("copy", again, resume=f"{tmp_path}/cut/../copy/")) == []
+    assert all_equal(weights_of(again), weights_of(policy))
 
 
 @pytest.mark.parametrize("missing", ["score", "gold", "policy", "tokenizer"])
@@ -2489,8 +2078,11 @@ def test_what_a_run_was_given_in_python_it_must_be_given_again(tmp_path, bench, 
     del given[missing]
     with pytest.raises(ValueError, match=f"resume: .*{missing}.*(Config|train)") as error:
         rlaif.prepare(rlaif.Config(resume=str(tmp_path / "run")), **given)
-    assert not [name for name in given if re.search(rf"\b{name}\b", str(error.value).split(":")[1])], (
-        "what was passed again is not asked for")
+    asked = str(error.value).split(":")[1]
+    assert not [name for name in given if re.search(rf"\b{name}\b", asked)], "what was passed is asked for"
+    if missing == "tokenizer":
+        with pytest.raises(ValueError, match="tokenizer"):
+            rlaif.prepare(toy_config(tmp_path), **given)
 
 
 def test_a_write_that_fails_leaves_the_old_folder_whole(tmp_path):
@@ -2523,14 +2115,13 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     settings = {"policy": str(bench / "policy"), "preference": str(bench / "preference"), "device": "cpu"}
     config = toy_config(tmp_path, beta=default.beta + 0.5, lam=0.5, save_every=1, out="run", **settings)
     run = rlaif.prepare(config)
-    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16,
-               "minibatch_size": 5, "seed": 3}
+    changed = {"beta": 7.5, "iterations": 9, "learning_rate": 0.5, "batch_size": 16, "seed": 3}
     with pytest.raises(ValueError, match=rf"beta \(was {run.config.beta}, now 7.5\)") as error:
         rlaif.prepare(rlaif.Config(resume="run", save_every=3, micro_batch_size=7, **changed))
     assert [name for name in vars(config) if f"{name} (was" in str(error.value)] == [
         name for name in vars(config) if name in changed]
-    again = rlaif.Config(resume="run", beta=run.config.beta, save_every=3, micro_batch_size=7)
-    again = rlaif.prepare(again).config
+    again = rlaif.prepare(rlaif.Config(
+        resume="run", beta=run.config.beta, save_every=3, micro_batch_size=7)).config
     assert (again.save_every, again.micro_batch_size) == (3, 7), "these may change"
     code, _, err = run_main(capsys, "--resume", "run", "--beta", default.beta)
     assert code == 2 and f"beta (was {run.config.beta}, now {default.beta})" in err, "given by hand it counts"
@@ -2602,11 +2193,14 @@ def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_pa
 def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
     """What is trained in float32, or small steps are lost and that is said; the reference as the policy, and
     not rounded to its type; the preference model in dtype."""
-    for dtype in (torch.float32, torch.bfloat16):
-        run = rlaif.prepare(toy_config(tmp_path, **settings_of(bench, dtype=str(dtype).split(".")[1],
-                                                               micro_batch_size=5)))
+    for dtype in ("float32", "bfloat16"):
+        run = rlaif.prepare(toy_config(
+            tmp_path, policy=str(bench / "policy"), preference=str(bench / "preference"),
+            reference=str(bench / "other"), missing_eos_score=math.inf, micro_batch_size=5, dtype=dtype))
         assert run.score.chunk == 20, "what it reads at once grows with micro_batch_size"
-        assert run.score.model.dtype == dtype and run.policy.dtype == run.reference.dtype == torch.float32
+        assert run.score.template == run.config.template, "it reads another template"
+        assert run.score.model.dtype == getattr(torch, dtype)
+        assert run.policy.dtype == run.reference.dtype == torch.float32
     assert toy_run(tmp_path, policy=gpt2().double()).value.head.weight.dtype == torch.float64
     assert not [w for w in recwarn if "lose small steps" in str(w.message)]
     folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
@@ -2665,58 +2259,34 @@ def test_the_settings_come_from_the_flags_and_the_paths_from_beside_the_file(tmp
         assert f"--{field.name}" in said and field.metadata["help"].split(":")[0] in said, field.name
 
 
-# The gold function of this module stops its own process when it is asked for the sixth time: once before the
-# training and then once an iteration.
-STOPPING = """
-import os, signal
+def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(in_bench, tmp_path, capsys, monkeypatch):
+    """By kill -9, which nothing can catch, in a process of its own: its truth, asked once before the training
+    and then once an iteration, does that when it is asked for the sixth time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "killer.py").write_text(inspect.cleandoc("""
+        import os
 
-def gold(prompts, responses):
-    with open("calls", "a") as file:
-        file.write(".")
-    if os.path.getsize("calls") == 6:
-        os.kill(os.getpid(), signal.{})
-    return [0.5] * len(responses)
-"""
-
-
-def stopping_flags(bench, stop):
-    """In the working directory, what a run needs that stops in its fifth iteration."""
+        def gold(prompts, responses):
+            with open("calls", "a") as file:
+                file.write(".")
+            if os.path.getsize("calls") == 6:
+                os.kill(os.getpid(), 9)
+            return [0.5] * len(responses)"""))
     for name in ("policy", "preference", "p.txt"):
-        os.symlink(bench / name, name)
-    pathlib.Path(f"at_{stop}.py").write_text(STOPPING.format(stop))
-    return [*map(str, BENCH_FLAGS), "--iterations", "7", "--save_every", "3", "--gold", f"at_{stop}:gold",
-            "--out"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_run_that_is_stopped_or_killed_has_said_how_to_go_on_and_goes_on_so(
-        bench, tmp_path, capsys, monkeypatch, no_pictures):
-    """Ctrl-C here, and kill -9, which nothing can catch, in a process of its own: both end alike."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "beside").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    out, file = "my runs/it's one", str(HERE / "rlaif.py")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a job in the background it is ignored
-    code, said, err = run_main(capsys, *stopping_flags(bench, "SIGINT"), out)
-    assert code == 130 and err.strip().splitlines()[-1] == "rlaif: stopped", err
-    ends = [(tmp_path / "here" / out, said, "rlaif.py")]
-    monkeypatch.chdir(tmp_path / "beside")
-    command = [sys.executable, file, *stopping_flags(bench, "SIGKILL"), out]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another order of a sum has other digits
-    killed = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+        os.symlink(in_bench / name, name)
+    out, file = pathlib.Path("my runs/it's one"), str(HERE / "rlaif.py")
+    command = [sys.executable, file, *map(str, BENCH_FLAGS), "--iterations", "7", "--save_every", "3",
+               "--gold", "killer:gold", "--out", str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL and "Traceback" not in killed.stderr, killed.stderr
-    ends.append((tmp_path / "beside" / out, killed.stdout, file))
-    metrics = []
-    for folder, said, where in ends:
-        monkeypatch.chdir(folder.parent.parent)
-        words = shlex.split(said[said.index("python "):].splitlines()[0])
-        assert words == ["python", where, "--resume", out], "it cannot be pasted into a shell"
-        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
-        before = (folder / "before.json").read_bytes()
-        code, _, err = run_main(capsys, *words[2:])
-        assert code == 0 and (folder / "before.json").read_bytes() == before, err
-        metrics.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    assert metrics[0] == metrics[1] and [m["iteration"] for m in metrics[0]] == list(range(1, 8))
+    words = shlex.split(killed.stdout[killed.stdout.index("python "):].splitlines()[0])
+    assert words == ["python", file, "--resume", str(out)], "it cannot be pasted into a shell"
+    lines, before = (out / "metrics.jsonl").read_text().splitlines(), (out / "before.json").read_bytes()
+    code, _, err = run_main(capsys, *words[2:])
+    assert code == 0 and (out / "before.json").read_bytes() == before, err
+    metrics = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and metrics[:3] == lines[:3], "each iteration is written when it is over"
+    assert [json.loads(line)["iteration"] for line in metrics] == list(range(1, 8))
 
 
 def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(monkeypatch):
@@ -2731,9 +2301,7 @@ def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(
     close(lines["kl"].get_xydata(), [[1, 0.2], [2, 0.4]], "a curve shows other numbers")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tiny world
-# ------------------------------------------------------------------------------------------------------------
+# The tiny world ---------------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from(world.PROMPTS + world.HELDOUT_PROMPTS), st.integers(0, 2**31))
@@ -2741,28 +2309,13 @@ def test_the_grammar_writes_fluent_replies_and_none_beats_the_best(prompt, seed)
     reply, best = world.sample_reply(prompt, random.Random(seed)), world.best_reply(prompt)
     assert world.is_fluent(reply) and world.is_fluent(best)
     assert not world.is_fluent("") and not world.is_fluent(reply + " take")
-    assert world.gold_score(prompt, reply) <= world.gold_score(prompt, best) == 3
     babble = reply + " " + " ".join(["take"] * 9)
-    assert world.gold_score(prompt, babble) < world.gold_score(prompt, reply), "babble must cost something"
-    assert world.gold_scores([prompt] * 2, [reply, best]) == [world.gold_score(prompt, reply), 3]
-
-
-@pytest.fixture(scope="module")
-def tiny_tokenizers():
-    return [AutoTokenizer.from_pretrained(HERE / "tiny_models" / name)
-            for name in ("policy", "judge", "preference")]
-
-
-@given(st.text(max_size=40))
-def test_the_shared_tokenizer_reads_any_text_and_writes_it_back(tiny_tokenizers, text):
-    for tokenizer in tiny_tokenizers:
-        assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
-        assert len(tokenizer) <= 512
+    worst, middle, top = world.gold_scores([prompt] * 3, [babble, reply, best])
+    assert worst < middle <= top == 3, "babble must cost something"
 
 
 def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
-    config = rlaif.Config(device="cpu", iterations=4, eval_samples=4)
-    run = rlaif.prepare(config, gold=world.gold_scores)
+    run = rlaif.prepare(rlaif.Config(device="cpu", iterations=4, eval_samples=4), gold=world.gold_scores)
     assert run.prompts == world.PROMPTS and run.held_out == world.HELDOUT_PROMPTS
     before, replies = rlaif.evaluate(run)
     assert abs(before["score"]) < 0.4 and before["eos_fraction"] > 0.98, before
@@ -2774,11 +2327,16 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
     after, _ = rlaif.evaluate(run)
     for name in ("score", "gold"):
         assert after[name] > before[name] + 0.25, f"{before} -> {after}"
+    judge, own = rlaif.load(AutoModelForCausalLM, str(HERE / "tiny_models/judge"), "judge", "cpu")
+    best, others = map(world.best_reply, run.held_out), [row["response"] for row in replies[:12]]
+    labels = rlaif.judge_pairs(judge, own, rlaif.CONSTITUTION, run.held_out, [*best], others)
+    assert labels.mean() > 0.6, "the shipped judge does not prefer the best replies"
+    for tokenizer in (run.tokenizer, own, run.score.tokenizer):
+        ids = tokenizer("Any t\u00e9xt,\n \U0001F600!").input_ids
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "Any t\u00e9xt,\n \U0001F600!"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Notebooks
-# ------------------------------------------------------------------------------------------------------------
+# Notebooks --------------------------------------------------------------------------------------------------
 
 SOURCE = (HERE / "rlaif.py").read_text(encoding="utf-8")
 
@@ -2792,14 +2350,10 @@ def test_pasted_into_cells_all_is_defined_and_nothing_starts(file, cells, tmp_pa
     monkeypatch.chdir(HERE)
     kernel = vars(main)
     kernel.update({"__file__": file} if file else {})
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number, cell in enumerate(re.split(r"^(?=# %%)", SOURCE, flags=re.MULTILINE) if cells else [SOURCE]):
         exec(compile(cell, f"<cell {number}>", "exec"), kernel)
     assert capsys.readouterr() == ("", "")
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for name, function in vars(rlaif).items():
-        if getattr(function, "__module__", None) == "rlaif":
-            assert name in kernel, f"{name} is not defined"
+    assert {*vars(rlaif)} - {*kernel} <= {"__cached__", "__file__"}, "some are not defined"
     config, default = kernel["Config"], rlaif.Config()
     assert config() == config(**dataclasses.asdict(default)), "the default paths are others"
     config = config(**dataclasses.asdict(toy_config(tmp_path, iterations=1, ppo_epochs=1)))
@@ -2813,43 +2367,30 @@ def test_readmes_steps_of_rloo_and_grpo_learn_without_a_critic(tmp_path):
     names = {name: getattr(rlaif, name) for name in ("roll_out", "update", "whiten", "kl_estimate")}
     for block in re.findall(r"```python\n(def \w+_step.*?)```", readme, re.DOTALL):
         exec(block, names)
-    for step, settings in ((names["rloo_step"], {}), (names["grpo_step"], {"beta": 0.0})):
-        run = toy_run(tmp_path, value_coef=0.0, missing_eos_score=math.inf, ppo_epochs=1, **settings)
+    for step, beta in ((names["rloo_step"], 0.2), (names["grpo_step"], 0.0)):
+        run = toy_run(tmp_path, value_coef=0.0, missing_eos_score=math.inf, ppo_epochs=1, beta=beta)
         before = weights_of(run.policy)
-        metrics = step(run, ["ab", "c", "ab"])
-        r = run.rollout
-        assert r.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
-        assert metrics["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
-        if not run.beta:
-            close(r.whitened[:, 0].view(3, 4).sum(dim=1), torch.zeros(3), "not 0 in a group", atol=1e-5)
-            again, pulled = (copy.deepcopy(run) for _ in "ab")
-            step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
-            assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
+        assert step(run, ["ab", "c", "ab"])["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
+        assert run.rollout.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
+    sums = run.rollout.whitened[:, 0].view(3, 4).sum(dim=1)
+    close(sums, torch.zeros(3), "not 0 in a group", atol=1e-5)
+    again, pulled = (copy.deepcopy(run) for _ in "ab")
+    step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
+    assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
 
 
 def test_every_section_is_a_cell_and_they_stand_in_order():
     markers = re.findall(r"^# %% (.*)$", SOURCE, re.MULTILINE)
     assert SOURCE.startswith(f"# %% {markers[0]}\n"), "the first stands on line 1"
-    numbered = [int(marker.split(".")[0]) for marker in markers if marker[0].isdigit()]
-    assert numbered == list(range(12)), "sections 0 to 11, each once and in order"
-    named = re.findall(r"^# %%? ?(\d+)\.", SOURCE, re.MULTILINE)
-    assert [int(number) for number in named] == numbered, "a section has lost its marker"
+    numbered = [marker.split(".")[0] for marker in markers if marker[0].isdigit()]
+    assert numbered == [*map(str, range(12))], "sections 0 to 11, each once and in order"
 
 
-def test_each_public_function_runs_when_it_is_copied_alone():
-    one, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    for function, arguments in {
-        token_logprobs: (torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)), kl_estimate: (one, one),
-        masked_mean: (one, mask), whiten: (one, mask), shape_rewards: (one[:, 0], one, mask, 0.1),
-        dense_scores: (one, mask), gae: (one, one, mask), policy_loss: (one, one, one, mask),
-        value_loss: (one, one, one, mask), preference_loss: (one[0], one[0], one[0]),
-        update_beta: (0.1, 1.0, 1.0, 10, 1), generate: (gpt2(), ids, torch.ones_like(ids), 2, None, 0),
-    }.items():
-        alone = {"torch": torch, "logsigmoid": torch.nn.functional.logsigmoid}
-        exec(inspect.getsource(function), alone)
-        assert alone[function.__name__](*arguments) is not None
-        assert function.__doc__, f"{function.__name__} has nothing that explains it"
-
-
-# What tiny_models/experiments says of all this is proven beside it.
+def test_each_public_function_needs_nothing_but_torch_when_it_is_copied_alone():
+    for function in (preference_loss, generate, token_logprobs, kl_estimate, update_beta, masked_mean,
+                     shape_rewards, dense_scores, gae, whiten, policy_loss, value_loss):
+        code = [function.__code__]
+        for part in code:  # grows by the functions and comprehensions within
+            code += [inner for inner in part.co_consts if isinstance(inner, types.CodeType)]
+        needed = {i.argval for part in code for i in dis.get_instructions(part) if i.opname == "LOAD_GLOBAL"}
+        assert needed - {*dir(builtins)} <= {"torch", "logsigmoid"} and function.__doc__, function.__name__
