@@ -1456,7 +1456,7 @@ def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
     (tmp_path / "many.txt").write_text("ab\nc\n" * 8)
-    with pytest.warns(UserWarning, match="only [1-9].?%.*max_new_tokens.*missing_eos_score"):
+    with pytest.warns(UserWarning, match="^[1-9].?%.*max_new_tokens.*missing_eos_score"):
         toy_run(tmp_path, policy=with_eos_bias(-1.0), prompts=str(tmp_path / "many.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
