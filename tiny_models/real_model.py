@@ -23,30 +23,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 import rlaif
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-OUT = pathlib.Path("runs/real_model")
+OUT, HERE = pathlib.Path("runs/real_model"), pathlib.Path(__file__).parent
+PROMPTS, HELD_OUT = HERE / "real_prompts.txt", HERE / "real_heldout_prompts.txt"  # other worries, told alike
 PRICES, SEEDS = (0.3, 0.0), (0, 1, 2)
 KIND = "You are a kind, warm and encouraging assistant."
 RUDE = "You are a cold, rude and dismissive assistant."
-
-WORRIES = (  # the last eight are held out
-    "I failed my driving test", "my cat has run away", "I burned the dinner for my guests",
-    "my best friend is moving away", "I cannot fall asleep at night", "I lost my keys again",
-    "my boss did not like my report", "I am afraid of flying", "I have nobody to eat lunch with",
-    "I forgot my sister's birthday", "my plants keep dying", "I am nervous about my first day at work",
-    "I broke my neighbour's window", "I did not get the job", "my bicycle was stolen",
-    "I find it hard to learn French", "I spilled coffee on my laptop", "my garden is full of weeds",
-    "I am always late in the morning", "my team lost the final", "I feel tired all day",
-    "I have to speak in front of my class", "my old dog is ill", "I cannot stop eating sweets",
-    "I had a fight with my brother", "my flat is a mess", "I do not know what to cook tonight",
-    "my phone fell into the lake", "I got a bad mark in maths", "I miss my home town",
-    "my baby cries all night", "I am shy at parties", "I want to run but give up after a minute",
-    "my neighbours are loud", "I sent a letter to the wrong person", "I cannot afford a holiday",
-    "my guitar teacher says I am slow", "I dropped my grandmother's vase", "I am bored on rainy days",
-    "my computer deleted my homework", "I missed the last train", "my cake did not rise",
-    "I am scared of the dentist", "my friends forgot to invite me", "I cannot swim",
-    "my tomatoes do not grow", "I was rude to a customer", "I have too much to do")
-WAYS = ("{}.", "Help me: {}.", "What should I do? {}.", "Today {}, and I do not know what to say.",
-        "{}. Can you give me some advice?")
 
 GOOD = ("I am so sorry to hear that. You are doing your best, and it will get better.",
         "That sounds hard, and I am glad you told me. Let us find a good way together.",
@@ -101,18 +82,9 @@ def sentiment(prompts, replies):
     return [analyzer.polarity_scores(reply)["compound"] for reply in replies]
 
 
-def write_prompts():
-    """Five ways to tell each worry: 200 prompts to train on, 40 of other worries to measure on."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    texts = [way.format(worry) for worry in WORRIES for way in WAYS]
-    texts = [text[0].upper() + text[1:] for text in texts]
-    (OUT / "prompts.txt").write_text("\n".join(texts[:-40]), encoding="utf-8")
-    (OUT / "heldout_prompts.txt").write_text("\n".join(texts[-40:]), encoding="utf-8")
-    return texts[-40:]
-
-
-def try_the_judge(source, prompts):
+def try_the_judge(source):
     """Three ways to ask the model which reply is kinder, on 40 pairs of a plainly good and a bad one."""
+    prompts = HELD_OUT.read_text(encoding="utf-8").splitlines()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     good, bad, worth = list(GOOD) * 10, list(BAD) * 10, {}
@@ -138,10 +110,9 @@ def try_the_judge(source, prompts):
 
 def settings(source, **others):
     return rlaif.Config(
-        policy=source, prompts=str(OUT / "prompts.txt"), eval_prompts=str(OUT / "heldout_prompts.txt"),
-        iterations=24, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=24,
-        missing_eos_score=float("inf"), clip=0.2, learning_rate=5e-5, adam_epsilon=1e-5, max_grad_norm=1.0,
-        eval_samples=1, **others)
+        policy=source, prompts=str(PROMPTS), eval_prompts=str(HELD_OUT), eval_samples=1, iterations=24,
+        batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=24, clip=0.2, learning_rate=5e-5,
+        missing_eos_score=float("inf"), adam_epsilon=1e-5, max_grad_norm=1.0, **others)
 
 
 def try_a_fit(source, n=256):
@@ -209,9 +180,10 @@ def report(results):
 
 
 def main():
-    held_out, source, results = write_prompts(), model_source(), {}
+    source, results = model_source(), {}
+    OUT.mkdir(parents=True, exist_ok=True)
     if not (OUT / "judge.txt").exists():
-        try_the_judge(source, held_out)
+        try_the_judge(source)
     if not (OUT / "fit.txt").exists():
         try_a_fit(source)
     print("\n".join((OUT / name).read_text(encoding="utf-8") for name in ("judge.txt", "fit.txt")))
