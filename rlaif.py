@@ -254,14 +254,14 @@ class Run:
     @contextlib.contextmanager
     def own_random(self):
         """A context in which torch's random numbers are the run's. After it the caller's go on as before."""
-        gpu = None if self.device.type == "cpu" else torch.get_device_module(self.device)
-        with torch.random.fork_rng([self.device.index or 0] if gpu else [], device_type=self.device.type):
+        cpu = self.device.type == "cpu"
+        generators = [torch] if cpu else [torch, torch.get_device_module(self.device)]
+        with torch.random.fork_rng([] if cpu else [self.device.index or 0], device_type=self.device.type):
             torch.manual_seed(self.config.seed)
-            for module, state in zip((torch, gpu), self.random or []):
-                if module and state is not None:
-                    module.set_rng_state(state)
+            for generator, state in zip(generators, self.random or []):
+                generator.set_rng_state(state)
             yield
-            self.random = [torch.get_rng_state(), gpu and gpu.get_rng_state()]
+            self.random = [generator.get_rng_state() for generator in generators]
 
     def require_finite(self, x, what):
         """Raise FloatingPointError, naming the iteration and the last good checkpoint, if x is not finite."""
@@ -468,11 +468,11 @@ def judge_pairs(judge, tokenizer, constitution, prompts, responses_a, responses_
 
     The judge is asked about (a, b) and about (b, a), under every principle of the constitution, and all its
     answers are averaged. An answer is the softmax over the log-probabilities of A and B (Lee 2.1). Both
-    orders, because small judges favour a position (Lee 2.1.1). The labels stay soft, so that a near tie
-    counts as one (CAI 4.3). The spaces around a response are stripped before it is quoted. `worth`, a dict,
-    is filled with what the answers say of the judge itself: the share in which it picks the `same` reply in
-    both orders, the share in which it picks the `first`, and what A and B `hold` of the probability of all
-    tokens. Proof: pytest -k judge_pairs
+    orders, because small judges favour a position (Lee 2.1.1). The labels stay soft: 0.55 says that the two
+    are nearly alike (CAI 4.3). The spaces around a response are stripped before it is quoted. `worth`, a
+    dict, is filled with what the answers say of the judge itself: the share in which it picks the `same`
+    reply in both orders, the share in which it picks the `first`, and what A and B `hold` of the probability
+    of all tokens. Proof: pytest -k judge_pairs
     """
     def ask(first, second):
         questions = [JUDGE_QUESTION.format(principle=principle, turns=turns, a=a.strip(), b=b.strip())
@@ -635,9 +635,11 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
     preference.chunk = 4 * config.micro_batch_size
     prompts = [prompts[i] for i in balanced_draw(len(prompts), config.pairs)]
     data = {"responses_a": [], "responses_b": [], "rows_a": [], "rows_b": [], "prob_a": []}
+    generators = [torch] if policy.device.type == "cpu" else [torch, torch.get_device_module(policy.device)]
     if kept and kept.exists():
         data = torch.load(kept, weights_only=True)
-        torch.set_rng_state(data.pop("random"))
+        for generator, state in zip(generators, data.pop("random")):
+            generator.set_rng_state(state)
     size, worth = min(256, 4 * config.batch_size), {}
     for start in tqdm(range(len(data["prob_a"]), len(prompts), size), desc="sampling and judging"):
         chunk = prompts[start:start + size]
@@ -653,8 +655,8 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
             if worth["same"] < 0.6 or not 0.3 <= worth["first"] <= 0.7 or worth["hold"] < 0.5:
                 warnings.warn("the judge is near chance; a small one is better not asked", stacklevel=4)
         if kept:
-            state = {**data, "random": torch.get_rng_state()}
-            write_whole(kept, lambda new: torch.save(state, new))
+            states = [generator.get_rng_state() for generator in generators]
+            write_whole(kept, lambda new: torch.save({**data, "random": states}, new))
     data["prob_a"] = torch.tensor(data["prob_a"])
     report = fit_preference(preference, data["rows_a"], data["rows_b"], data["prob_a"],
                             config.preference_epochs, learning_rate=config.preference_learning_rate,
@@ -674,9 +676,9 @@ class ValueFunction(nn.Module):
 
     It is a baseline: a token is praised for what came of it *beyond* what was to be expected, which takes out
     of the gradient the noise of easy and hard prompts. With lambda = 1 (section 8) it leaves the mean
-    gradient as it is; below 1 its errors bias it. One linear head on D hidden units, of the policy's own
-    trunk (`trunk` None: shared), which the value loss then trains too, or of a separate one that reads the
-    same tokens. A zero head starts every value at 0 (OAI).
+    gradient unchanged; below 1 the value's errors bias that gradient. One linear head on D hidden units, of
+    the policy's own trunk (`trunk` None: shared), which the value loss then trains too, or of a separate one
+    that reads the same tokens. A zero head starts every value at 0 (OAI).
     """
 
     def __init__(self, hidden_size, trunk=None, head="zero"):
@@ -844,8 +846,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With d = log pi - log pi_ref: k1 = d has the right mean but takes both signs; k2 = d^2 / 2 is biased; k3 =
     exp(-d) - 1 + d has the right mean and is never negative (Schulman). Charged in the reward, only k1 gives
-    the gradient of the KL. (As a term of the loss, k2 has it, token by token.) Raises ValueError for another
-    kind. Proof: pytest -k kl_estimate
+    the gradient of the KL. (As a term of the loss, the k2 of a whole reply gives it; GRPO's k3 does not.)
+    Raises ValueError for another kind. Proof: pytest -k kl_estimate
     """
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
@@ -867,12 +869,11 @@ def update_beta(beta, kl, target, horizon, n):
 
 # %% 7. Rewards
 #
-# Preference models of others differ in offset and scale: their loss sees only differences, and labels that
-# are surer stretch them. So scores are whitened, and beta means the same for any: how many stds of the score
-# one nat of drift costs. What it buys: the best policy of all is pi_ref(y|x) exp(s(x, y) / beta), normalised,
-# so a reply one std better becomes exp(1 / beta) times as likely. The std is *this* batch's. As replies
-# become alike it falls (in the default run from 1.1 to 0.4 points), and with it a nat's price, beta * std
-# points.
+# Preference models of others differ in offset and scale: their loss sees only differences, and surer labels
+# stretch the scores. So scores are whitened, and beta means the same for any: how many stds of the score one
+# nat of drift costs. What it buys: the best policy of all is pi_ref(y|x) exp(s(x, y) / beta), normalised, so
+# a reply one std better becomes exp(1 / beta) times as likely. The std is *this* batch's. As replies become
+# alike it falls (in the default run from 1.1 to 0.4 points), and with it a nat's price, beta * std points.
 
 
 def masked_mean(x, mask):
@@ -885,10 +886,10 @@ def shape_rewards(scores, kl, mask, beta, level="token"):
 
     The score stands on the last token (the EOS, if it ended). beta * KL is subtracted: with level "token"
     each token pays its own share (InstructGPT eq. 2, N+); with "sequence" the last token pays its response's
-    whole KL. In both a row sums to score - beta * its KL. With "batch" all pay the mean, so a reply feels 1/B
-    of its own KL, and whitening the advantages cancels that (with gamma and lambda 1). Padding may be NaN.
-    Raises ValueError for another level, if scores are not (B,), and if a row of the mask has no True: its
-    score would be lost. Proof: pytest -k shape_rewards
+    whole KL. In both a row sums to score - beta * its KL. With "batch" every last token pays the mean of the
+    replies' KL, a constant that whitening the advantages takes out (with gamma and lambda 1). Padding may be
+    NaN. Raises ValueError for another level, if scores are not (B,), and if a row of the mask has no True:
+    its score would be lost. Proof: pytest -k shape_rewards
     """
     if scores.shape != mask.shape[:1] or not mask.any(dim=1).all():
         raise ValueError("scores must be (B,), and every row of the mask needs at least one True")
@@ -958,16 +959,17 @@ def whiten(x, mask=None):
 
 # %% 9. The clipped losses
 #
-# A step makes a token with a positive advantage more probable and one with a negative advantage less, the
-# more so the larger it is. Samples are dear, so a batch is cut into minibatches, perhaps for several epochs,
-# with a step on each. After the first step the policy is no longer the one that sampled; the ratio rho = pi /
-# pi_old corrects for that: it weighs an old sample by how often the new policy would write it. That holds
-# only near pi_old. So PPO maximises the smaller of A rho and A clip(rho), which is the pessimistic one; a
-# loss is what is minimised, so here it is the larger of their negatives. With a clip of 0.2 and A = +1 the
-# ratios 0.5 0.8 1 1.2 1.5 earn 0.5 0.8 1 1.2 1.2: past the clip, going further up earns nothing, and going
-# down always costs. (A value, too, is not to move far in one batch: so its larger error counts.) With one
-# epoch and the default rate few ratios get that far. Advantages, old values and returns are detached: they
-# are measurements, not to be talked up by the gradient.
+# A step makes a token with a positive advantage more probable and one with a negative advantage less, in
+# proportion to the advantage's size. Samples are dear, so a batch is cut into minibatches, perhaps for
+# several epochs, with a step on each. After the first step the policy is no longer the one that sampled; the
+# ratio rho = pi / pi_old corrects for that: it weighs an old sample by how often the new policy would write
+# it. That holds only near pi_old. So PPO maximises the smaller of A rho and A clip(rho), which is the
+# pessimistic one; a loss is what is minimised, so here it is the larger of their negatives. With a clip of
+# 0.2 and A = +1 the ratios 0.5 0.8 1 1.2 1.5 earn 0.5 0.8 1 1.2 1.2: past the clip, going further up earns
+# nothing. With A = -1 they cost 0.8 0.8 1 1.2 1.5: what gains is cut, what loses counts in full. (A value,
+# too, is not to move far in one batch: so its larger error counts.) With one epoch and the default rate few
+# ratios get that far. Advantages, old values and returns are detached: they are measurements, not to be
+# talked up by the gradient.
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -976,8 +978,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     With rho = exp(logprobs - old_logprobs): the masked mean of max(-A rho, -A clip(rho, 1 - clip, 1 + clip))
     (PPO eq. 7), and the fraction of tokens where the clipped side was strictly the larger, so that the token
     gives no gradient. The mean is over tokens: a longer response weighs more. Old log-probabilities and
-    advantages are detached; padding may be NaN. clip=inf switches the clipping off; Config has 0.1. Proof:
-    pytest -k policy_loss
+    advantages are detached; padding may be NaN, and must not reach the gradient. clip=inf switches the
+    clipping off; Config has 0.1. Proof: pytest -k policy_loss
     """
     advantages = torch.where(mask, advantages.detach(), 0.0)
     ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0.0).exp()
@@ -1183,17 +1185,15 @@ def check_config(config):
 def resumed(config):
     """The settings of the run in config.resume, and the names of the arguments that its caller passed. Raises
     ValueError if it holds no run, or if `config` asks for other settings."""
-    folder = config.resume
-    with trying(f"resume: {folder}/config.json is not the config of a run"):
-        settings = json.loads(pathlib.Path(folder, "config.json").read_text(encoding="utf-8"))
+    with trying(f"resume: {config.resume}/config.json is not the config of a run"):
+        settings = json.loads(pathlib.Path(config.resume, "config.json").read_text(encoding="utf-8"))
         passed = settings.pop("passed")
-        saved = Config(**{**settings, "out": folder, "resume": folder})
+        saved = Config(**{**settings, "out": config.resume, "resume": config.resume})
     # On the command line what was saved is the default; in Python what is at its default was not asked for.
     asked = {name: value for name, value in vars(config).items() if value != getattr(saved, name)
-             and (config.out == folder or value != getattr(Config(), name))}
-    changed = [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in asked.items()
-               if name not in CAN_CHANGE]
-    if changed:
+             and (config.out == config.resume or value != getattr(Config(), name))}
+    if changed := [f"{name} (was {getattr(saved, name)!r}, now {value!r})" for name, value in asked.items()
+                   if name not in CAN_CHANGE]:
         raise ValueError(f"resume: these settings changed and may not: {', '.join(changed)}")
     return replace(saved, **asked), passed
 
@@ -1249,12 +1249,12 @@ def load_prompts(run, judge):
         read[name] = read_prompts(path, name, tokenizer) if path else []
         for number, prompt in enumerate(read[name], start=1):
             for reader, (model, own, ids_of, room) in readers.items():
-                with trying(f"{name} {path}, line {number}"):
+                with trying(f"{name} {path}, line {number}: for the {reader}"):
                     require_plain(prompt, own, writes=reader == "policy")
                     row = ids_of(prompt)
                     if len(row) + room > context_of(model):
                         raise ValueError(f"{len(row)} tokens of prompt and {room} of response are more than "
-                                         f"the {reader}'s context, {context_of(model)}")
+                                         f"the context, {context_of(model)}")
                     longest[reader] = max(longest[reader], row + row[-1:] * room, key=len)
     for reader, row in longest.items():
         with trying(f"{reader}: this {type(readers[reader][0]).__name__} cannot be used"), run.autocast():
@@ -1311,17 +1311,16 @@ def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=No
                                                output_loading_info=True, ignore_mismatched_sizes=True)
             if wrong := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
                 raise ValueError(f"its weights do not fill {min(wrong)}")
+            if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
+                raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
     with trying(f"{name}: cannot load a tokenizer from {path}"):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, **source)
         unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
         top = max(set(tokenizer.get_vocab().values()) - unused)
         rows = model.get_input_embeddings().num_embeddings
-    with trying(f"{name}: this {type(model).__name__} cannot be used"):
-        if not 0 < top < rows:
-            raise ValueError(f"its tokenizer writes ids up to {top}, its embedding has {rows} rows")
-        if kind is AutoModelForSequenceClassification and model.config.num_labels != 1:
-            raise ValueError(f"it has {model.config.num_labels} outputs, needs exactly one")
+    if not 0 < top < rows:
+        raise ValueError(f"{name}: its tokenizer writes ids up to {top}, its embedding has {rows} rows")
     return model.to(device).eval(), tokenizer
 
 
@@ -1394,8 +1393,8 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, (run.prompts * 16)[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"only {ended:.0%} of some replies end in {config.max_new_tokens} tokens; the others' "
-                      "scores do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
+        warnings.warn(f"{ended:.0%} of 16 replies end in {config.max_new_tokens} tokens, the scores of the "
+                      "others do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run
 
@@ -1460,12 +1459,13 @@ def record(run, metrics):
     to metrics.jsonl; every `save_every` iterations and at the end, write a checkpoint: all that the rest of
     the run depends on and that its settings do not tell; at the end, the policy too."""
     config, scores, out = run.config, run.rollout.scores, run.config.out and pathlib.Path(run.config.out)
-    if len(scores) > 1 and (scores == scores[0]).all():
+    alike = (scores == scores[0]).all()
+    if alike:
         why = "" if metrics["eos_fraction"] else "no response ended (max_new_tokens, missing_eos_score), so "
         warnings.warn(f"{why}all scores are equal and teach nothing", stacklevel=3)
     elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
         warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
-    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 else 0
+    run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 and not alike else 0
     if run.poor_values == 5:
         warnings.warn("5 times the values were worse than none (explained_variance below -0.5): set "
                       'value_head to "zero", or raise learning_rate or value_coef', stacklevel=3)

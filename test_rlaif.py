@@ -1457,7 +1457,7 @@ def test_a_policy_that_rarely_ends_is_warned_of_before_training_and_again_where_
     assert len(texts) == 2 and "0%" in texts[0] and "no response ended" in texts[1], f"each once: {texts}"
     assert all("max_new_tokens" in text and "missing_eos_score" in text for text in texts), "both ways out"
     (tmp_path / "many.txt").write_text("ab\nc\n" * 8)
-    with pytest.warns(UserWarning, match="only [1-9].?%.*max_new_tokens.*missing_eos_score"):
+    with pytest.warns(UserWarning, match="^[1-9].?%.*max_new_tokens.*missing_eos_score"):
         toy_run(tmp_path, policy=with_eos_bias(-1.0), prompts=str(tmp_path / "many.txt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1486,13 +1486,15 @@ def test_what_cannot_learn_is_an_error_or_a_warning(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_path):
     run, warned = toy_run(tmp_path), []
-    rlaif.roll_out(run)
-    for explained in [-0.6] * 4 + [-0.4] + [-0.6] * 7:
+    scores = rlaif.roll_out(run).scores
+    for explained, alike in [(-0.6, 0)] * 4 + [(-0.4, 0)] + [(-0.6, 0)] * 7 + [(-0.6, 1)] + [(-0.6, 0)] * 4:
+        run.rollout.scores = torch.ones(4) if alike else scores
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             rlaif.record(run, {"eos_fraction": 1.0, "explained_variance": explained})
         warned.append(any("value_head" in str(warning.message) for warning in said))
-    assert warned == [False] * 9 + [True, False, False], "once, after the fifth in a row below -0.5"
+    assert warned == [False] * 9 + [True] + [False] * 7, "once, after the fifth in a row below -0.5"
+    assert run.poor_values == 4, "where all scores are alike there is nothing to be explained"
 
 
 def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypatch):
@@ -1939,6 +1941,10 @@ def test_a_chat_template_that_opens_a_thought_is_no_judges(tmp_path):
             judged(end)
     for end in ("", "<think>\n\n</think>\n\n", "I think "):
         assert judged(end).shape == (1, 2)
+    broken = chat_tokenizer(template="{{ 1 / 0 }}")
+    judge = save_pair(tmp_path / "judge", chat_llama(broken), broken)
+    with pytest.raises(ValueError, match="line 1: for the judge: "):
+        rlaif.prepare(toy_config(tmp_path, judge=judge), None, None, gpt2(), letters())
 
 
 @pytest.mark.parametrize("same,first,hold,near_chance", [
