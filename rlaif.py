@@ -1460,26 +1460,26 @@ def record(run, metrics):
     the run depends on and that its settings do not tell; at the end, the policy too."""
     config, scores, out = run.config, run.rollout.scores, run.config.out and pathlib.Path(run.config.out)
     alike = (scores == scores[0]).all()
+    moved = any(p.grad is not None and p.grad.any() for p in run.policy.parameters())
     if alike:
         why = "" if metrics["eos_fraction"] else "no response ended (max_new_tokens, missing_eos_score), so "
         warnings.warn(f"{why}all scores are equal and teach nothing", stacklevel=3)
-    elif not any(p.grad is not None and p.grad.any() for p in run.policy.parameters()):
+    elif not (moved or metrics["clip_fraction"]):  # what is clipped has no gradient either
         warnings.warn("the update moved no parameter of the policy: nothing can be learned", stacklevel=3)
     run.poor_values = run.poor_values + 1 if metrics["explained_variance"] < -0.5 and not alike else 0
     if run.poor_values == 5:
         warnings.warn("5 times the values were worse than none (explained_variance below -0.5): set "
                       'value_head to "zero", or raise learning_rate or value_coef', stacklevel=3)
-    if not out:
-        return
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    last = run.iteration == config.iterations
-    if last:  # before the checkpoint, which says that all is done
-        save_model(run.policy, run.tokenizer, out / "policy")
-    if last or run.iteration % config.save_every == 0:
-        state = {name: getattr(run, name).state_dict() for name in ("policy", "value", "optimizer")}
-        state |= {"iteration": run.iteration, "beta": run.beta, "random": run.random}
-        write_whole(out / "checkpoint.pt", lambda new: torch.save(state, new))
+    if out:
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        last = run.iteration == config.iterations
+        if last:  # before the checkpoint, which says that all is done
+            save_model(run.policy, run.tokenizer, out / "policy")
+        if last or run.iteration % config.save_every == 0:
+            state = {name: getattr(run, name).state_dict() for name in ("policy", "value", "optimizer")}
+            state |= {"iteration": run.iteration, "beta": run.beta, "random": run.random}
+            write_whole(out / "checkpoint.pt", lambda new: torch.save(state, new))
 
 
 def draw_history(history):

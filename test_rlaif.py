@@ -1491,7 +1491,7 @@ def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_pa
         run.rollout.scores = torch.ones(4) if alike else scores
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            rlaif.record(run, {"eos_fraction": 1.0, "explained_variance": explained})
+            rlaif.record(run, {"eos_fraction": 1.0, "clip_fraction": 0.0, "explained_variance": explained})
         warned.append(any("value_head" in str(warning.message) for warning in said))
     assert warned == [False] * 9 + [True] + [False] * 7, "once, after the fifth in a row below -0.5"
     assert run.poor_values == 4, "where all scores are alike there is nothing to be explained"
