@@ -109,8 +109,9 @@ def judged_pairs(i):
         pairs = sample_pairs(*load_policy(), config_of(i, {}).pairs)
         pairs["answers"] = [[[round(p, 7) for p in order] for order in principle]
                             for principle in answers_of(pairs).tolist()]
-        with rlaif.replacing(path) as new:
-            new.write_text(json.dumps(pairs))
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(pairs))
+        new.replace(path)
     return json.loads(path.read_text())
 
 
