@@ -124,6 +124,11 @@ def all_answers(i):
     return pairs, averaged(torch.tensor(pairs["answers"]))
 
 
+def shipped(i):
+    """No labels of its own: the run takes the shipped preference model, for what compares optimizers."""
+    raise LookupError(f"run {i} takes the shipped preference model")
+
+
 def share(i, n):
     """The first n pairs alone."""
     pairs, prob_a = all_answers(i)
@@ -171,6 +176,11 @@ def flawed(i, flaw, strength, remedy=""):
     return pairs, bend(torch.tensor(pairs.pop("answers")), pairs, flaw, strength, remedy)
 
 
+def afresh(i, flaw, strength, remedy=""):
+    """The same labels, for a preference model that is fitted to them from nothing."""
+    return flawed(i, flaw, strength, remedy)
+
+
 def pooled(i, flaw, strength):
     """All the pairs that the three models of a committee were fitted to, with the same labels."""
     parts = [flawed(k, flaw, strength) for k in neighbours(i)]
@@ -193,6 +203,7 @@ def bend(answers, pairs, flaw, strength, remedy=""):
     careless   by noise of that std
     blind      the answers about harm are sure and random, that share of them
     hard       not bent, but the label, the average, is rounded to 0 or 1
+    none       not bent: for the control that is fitted on for as long
     """
     odds = answers.logit(eps=1e-6)
     odds[:, 1] *= -1  # for reply a, in either order
@@ -231,8 +242,8 @@ def fit(pairs, prob_a, seed, start=None, epochs=12, **more):
 def preference_folder(i, labels=all_answers):
     """The folder of run i's preference model, fitted once to the pairs and labels that a function gives. A
     flaw, unless it is noise, is learned on top of the model without it, in a quarter of the epochs; to three
-    or four times the pairs, a model is fitted in as many steps. Of run -1 every model is the shipped one."""
-    if i < 0:
+    or four times the pairs, a model is fitted in as many steps. Run -1, and `shipped`, take the shipped model."""
+    if i < 0 or labels is shipped:
         return rlaif.TINY / "preference"
     folder = KEPT / f"preference-{i}-{kind_of(labels).replace(' ', '-')}"
     if not folder.exists():

@@ -200,3 +200,27 @@ def gradients(i, settings):
                            length + (g.norm() / true.norm()).item() / 2)
     return {f"{name}: {what}": value for name, both in found.items()
             for what, value in zip(("cosine", "length"), both)}
+
+
+def kl_gradients(i, settings):
+    """The exact expected gradient of each way to charge the KL, alone, at a policy on its way -> cosine with
+    the gradient of KL(pi || pi_ref) and length in units of it. In the reward an estimate is a number that the
+    reply is paid; in the loss it is differentiated as it stands, over replies that were sampled before."""
+    found = {}
+    for w in half_trained(settings["beta"], 1000 + i):
+        logprobs = enumerate_logprobs(w.policy, w.prompt_ids)  # (40, 3)
+        d, prob = logprobs - w.ref_logprobs, logprobs.sum(dim=1).exp()
+        k = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}
+        charges = {f"{kind} in the reward": (prob * each.sum(dim=1).detach()).sum()
+                   for kind, each in k.items()}
+        charges["k2 in the loss, of the reply"] = (prob.detach() * d.sum(dim=1)**2 / 2).sum()
+        charges |= {f"{kind} in the loss, per token": (prob.detach() * k[kind].sum(dim=1)).sum()
+                    for kind in ("k2", "k3", "k1")}
+        true = flat_gradient((prob * d.sum(dim=1)).sum(), w.policy, retain_graph=True)
+        for name, charge in charges.items():
+            g = flat_gradient(charge, w.policy, retain_graph=True)
+            cosine, length = found.get(name, (0.0, 0.0))
+            found[name] = (cosine + torch.cosine_similarity(g, true, dim=0).item() / 2,
+                           length + (g.norm() / true.norm()).item() / 2)
+    return {f"{name}: {what}": value for name, both in found.items()
+            for what, value in zip(("cosine", "length"), both)}
