@@ -18,8 +18,8 @@ from tiny_models.experiments.alarms import alarms
 from tiny_models.experiments.feedback import KEPT
 from tiny_models.experiments.feedback_claims import (blind, careless, dense, direct, flattery, flaws, hard,
                                                      length, position, principles, renewal, stale)
-from tiny_models.experiments.ppo_claims import (best_of_n, beta, clip, critic, estimator, exact, gae, kl_level,
-                                                loss, reference, stop, value, whitening)
+from tiny_models.experiments.ppo_claims import (best_of_n, beta, clip, critic, estimator, exact, gae,
+                                                kl_level, loss, reference, stop, value, whitening)
 from tiny_models.experiments.protocol import CURVE, RESULTS, load_results, make_runs
 from tiny_models.experiments.second_look import second_look
 

@@ -14,9 +14,9 @@ from tiny_models.experiments.runs import LOOK_EVERY, SEEN, alarmed
 from tiny_models.experiments.tables import canvas, markdown, mean_and_std, save
 
 FREE = {"iterations": 110}  # at β 0
-NAMES = {"KL": "KL, louder than in honest runs", "score": "score", "entropy": "entropy falls", "length": "length",
-         "distinct": "fewer different replies", "committee": "a committee parts", "judge": "judge's wins fall",
-         "agreement": "judge and model part"}
+NAMES = {"KL": "KL, louder than in honest runs", "entropy": "entropy falls",
+         "distinct": "fewer different replies", "committee": "a committee parts",
+         "judge": "judge's wins fall", "agreement": "judge and model part"}
 FLAWS = {f"{flaw} {strength}": partial(flawed, flaw=flaw, strength=strength) for flaw, strength in (
     ("position", 3), ("length", 0.6), ("flattery", 4), ("careless", 8), ("blind", 1), ("hard", 1))}
 
@@ -92,7 +92,8 @@ def alarms():
              f"Highest KL of those trained on gold: {drift}.")
     chosen = ", ".join(sorted(set(best.values())))
     anywhere = {i: statistics.mean(kept(seen, k) for k in range(len(seen))) for i, seen in free.items()}
-    return compare(f"gold where the best alarm ({chosen}) rings, less at a look at random", gain, anywhere), text
+    return compare(f"gold where the best alarm ({chosen}) rings, less at a look at random", gain,
+                   anywhere), text
 
 
 def draw_alarms(free, limits):
@@ -103,7 +104,7 @@ def draw_alarms(free, limits):
     if not figure or not free:
         return
     plain = {f"KL above {limit} nats": ("KL", limit) for limit in (6, 9, 15)}
-    learned = {f"{NAMES.get(name, name)}": (name, limit) for name, limit in limits.items()}
+    learned = {NAMES.get(name, name): (name, limit) for name, limit in limits.items()}
     rows = {"the truth is at its highest": None, **plain, **learned}
     for y, how in enumerate(rows.values()):
         at = [seen.index(max(seen)) if how is None else first_ring(seen, *how) for seen in free]
@@ -113,8 +114,9 @@ def draw_alarms(free, limits):
                           "|" if how is None else "o", color="k" if how is None else "C0",
                           ms=9 if how is None else 4)
         if how is not None:
-            axis.text(LOOK_EVERY * len(free[0]) + 3, -y, f"{sum(k >= 0 for k in at)} of {len(at)}", va="center",
-                      fontsize=9)
+            axis.text(LOOK_EVERY * len(free[0]) + 3, -y, f"{sum(k >= 0 for k in at)} of {len(at)}",
+                      va="center", fontsize=9)
     axis.set_yticks([-y for y in range(len(rows))], list(rows))
-    axis.set(xlabel="iteration at β 0; right: runs in which it rings", xlim=(0, LOOK_EVERY * len(free[0]) + 14))
+    axis.set(xlabel="iteration at β 0; right: runs in which it rings",
+             xlim=(0, LOOK_EVERY * len(free[0]) + 14))
     save(figure, "alarms")

@@ -4,6 +4,7 @@ Every claim is one function that can be read alone: the claim, what decides, the
 tables. It yields its arms, is given them back with the results of their runs, and returns Verdict and tables.
 """
 
+import math
 from functools import partial
 
 from tiny_models import world
@@ -116,9 +117,11 @@ def bent(flaw, strength, runs=3, make=ppo, **remedy):
     return Arm({"preference": partial(flawed, flaw=flaw, strength=strength, **remedy)}, runs=runs, make=make)
 
 
-def flaw_report(name, arms, title, shown="gold", label="gold", drawn=()):
-    """The picture, of some arms, and the table of a planted flaw, by the measured number that shows it."""
-    draw(name, {arm: arms[arm].curves(shown) for arm in drawn or arms}, title, ylabel=label)
+def flaw_report(name, arms, title, drawn, shown="gold", label="gold", top=math.inf):
+    """The picture, of some arms, {label: what an outsider would call it}, and the table of a planted flaw, by
+    the measured number that shows it."""
+    curves = {called: arms[arm].curves(shown) for arm, called in drawn.items()}
+    draw(name, curves, title, ylabel=label, top=top)
     return frontier_table(arms, **{label: shown})
 
 
@@ -132,8 +135,8 @@ def position():
                   "3, both orders": bent("position", 3, runs=6, remedy="both")}
     verdict = compare_gold("both orders less one", arms["3, both orders"], arms["3, one order"])
     return verdict, flaw_report(
-        "position", arms, "A judge that prefers what stands first costs half a point, unless asked in both orders",
-        drawn=("no flaw", "3, one order", "3, both orders"))
+        "position", arms, "A judge that prefers what stands first costs truth, unless it is asked both ways",
+        {"no flaw": "sound judge", "3, one order": "asked in one order", "3, both orders": "asked in both"})
 
 
 def length():
@@ -147,8 +150,9 @@ def length():
     verdict = compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
                       arms["0.6 a word"].at_kl("length"), arms["no flaw"].at_kl("length"))
     return verdict, flaw_report(
-        "length", arms, "A judge that likes long replies gets them, unless the length is taken out of its score",
-        "length", "tokens", drawn=("no flaw", "0.6 a word", "0.6, taken out of the score"))
+        "length", arms, "A judge that likes long replies gets them, unless length is taken out of the score",
+        {"no flaw": "sound judge", "0.6 a word": "likes long replies",
+         "0.6, taken out of the score": "length taken out"}, "length", "tokens")
 
 
 def flattery():
@@ -162,7 +166,8 @@ def flattery():
                       arms["4"].at_kl("flattering"), arms["no flaw"].at_kl("flattering"))
     return verdict, flaw_report(
         "flattery", arms, "What flatters the judge the policy writes, at any price",
-        "flattering", "share of replies that flatter", drawn=("no flaw", "2", "4"))
+        {"no flaw": "sound judge", "2": "likes flattery a little", "4": "likes flattery"},
+        "flattering", "share of replies that flatter", top=1)
 
 
 def careless():
@@ -177,8 +182,8 @@ def careless():
                      for how in ("mean", "minimum")}}
     verdict = compare_gold("sound less careless", arms["no flaw"], arms["std 8"])
     return verdict, flaw_report(
-        "careless", arms, "Noise in the judge's answers costs the policy a little in some runs, and much in others",
-        drawn=("no flaw", "std 4", "std 8"))
+        "careless", arms, "Noise in the judge's answers costs little in some runs, and much in others",
+        {"no flaw": "sound judge", "std 4": "half the noise", "std 8": "noise"})
 
 
 def blind():
@@ -207,6 +212,11 @@ def hard():
     return compare_gold("soft less hard", arms["soft"], arms["hard"]), frontier_table(arms)
 
 
+CALLED = {"no flaw": "sound judge", "position 3": "prefers the first", "length 0.6": "likes long replies",
+          "position 3, both orders": "prefers the first, asked both ways", "flattery 4": "likes flattery",
+          "careless 8": "noisy", "blind to harm": "guesses about harm", "hard labels": "hard labels"}
+
+
 def flaws():
     """A flaw that is the same every time harms the policy more than noise that spoils more of the labels.
 
@@ -226,7 +236,7 @@ def flaws():
         judge, gold = arms[f"{label}: judge"], arms[label].at_kl()
         if judge.results and gold:
             labels, model = judge.at_beta(0.3, "labels"), judge.at_beta(0.3, "model")
-            points[label] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
+            points[CALLED[label]] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
             rows.append([label, *(mean_and_std(found.values()) for found in (labels, model, gold))])
     in_words = f"gold of the policy at {AT_KL} nats"
     draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",

@@ -65,9 +65,10 @@ def stop():
     """A price on KL does more than an early stop.
 
     Decides: gold of the default run at 3.7 nats, less gold at β 0 where its batches pass 3.7 nats. Named
-    after a look at the same runs.
+    after a look at the same runs. Beside it, of runs that were watched on held-out prompts, the first look
+    near 3.7 nats, where a run at a price has not yet ended either.
     """
-    arms = yield {"default": CURVE,
+    arms = yield {"default": CURVE, "watched": Arm({"iterations": 110}, (0.0, 0.3), 6, watched),
                   "no price": Arm({"preference": all_answers, "iterations": 110}, (0.0,), 6, alarmed)}
     default, paths = arms["default"], {
         i: [(math.sqrt(look[1]), look[0]) for look in result["looks"]]
@@ -85,7 +86,17 @@ def stop():
                          compare("", priced, passed[nats]).numbers()])
     verdict = compare(f"gold at {AT_KL} nats, at a price less on the way without one", default.at_kl(),
                       passed[AT_KL])
-    return verdict, markdown(["nats", "gold at a price", "gold on the way at β 0", "difference"], rows)
+    text = markdown(["nats", "gold at a price", "gold on the way at β 0", "difference"], rows)
+    for beta in (0.0, 0.3):
+        looks = [[(gold, 10 * k) for k, (root, gold, _) in enumerate(result["seen"], 1)
+                  if 3.3 < root**2 < 4.1]
+                 for (b, _), result in arms["watched"].results.items() if b == beta]
+        first = [near[0] for near in looks if near]
+        if first:
+            text += (f"\n\nβ {beta:g}, held-out prompts, the first look between 3.3 and 4.1 nats: gold "
+                     f"{mean_and_std(gold for gold, _ in first)}, {len(first)} of {len(looks)} runs, "
+                     f"iterations {min(k for _, k in first)} to {max(k for _, k in first)}.")
+    return verdict, text
 
 
 def early(points, root):
@@ -169,7 +180,7 @@ def loss():
     """
     arms = yield {"k1 in the reward": STEERED,
                   **{f"{kind} in the loss": steered(partial(in_the_loss, kind=kind))
-                     for kind in ("k3", "k2", "k2 of the reply")},
+                     for kind in ("k3", "k2", "k2 of the reply", "k2 of the reply, centred")},
                   "gradients": Arm({}, (0.5,), 6, kl_gradients)}
     found = list(arms["gradients"].results.values())
     shown = without(arms, "gradients")

@@ -6,7 +6,8 @@
                whatever else it is.
     steered    Or the price steers itself towards AT_KL, and an arm is one run in place of three. Where its
                held-out KL then is, is read off; along the default's mean curve its gold is moved to AT_KL,
-               and compared with that of STEERED, the default steered the same way.
+               and compared with that of STEERED, the default steered the same way. A run that ends where the
+               default has no points cannot be compared.
     fresh      Run i has seed 1000 + i, which chose no default, and a preference model of its own: pairs,
                labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone. (The
                steered arms compare optimizers; they all take the shipped preference model.)
@@ -32,7 +33,8 @@ from tqdm import tqdm
 
 from tiny_models.experiments.feedback import (all_answers, function_of, judged_pairs, kind_of, neighbours,
                                               pooled, preference_folder, shipped, spelled)
-from tiny_models.experiments.measurements import aged, best_of_n, estimators, followed, refitted
+from tiny_models.experiments.measurements import (aged, best_of_n, credit, estimators, exact_end, followed,
+                                                  gradients, kl_gradients, refitted)
 from tiny_models.experiments.runs import alarmed, ensemble, ppo, second_round, trained_policy
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
@@ -82,11 +84,12 @@ class Arm:
 
     def at_kl(self, name="gold", kl=AT_KL):
         """What a run measures at this KL, between two of its own points; runs that have no points on both
-        sides are left out. Of a steered run, which ends near it, what it measures, gold moved to this KL along
-        the default's curve -> {i: number}."""
+        sides are left out. Of a steered run, which ends near it, what it measures, and gold moved to this KL
+        along the default's curve -> {i: number}."""
         if self.steered:
-            return {i: result[name] + (climb(result["kl"], kl) if name == "gold" else 0)
-                    for (_, i), result in self.results.items()}
+            up = {i: climb(result["kl"], kl) if name == "gold" else 0.0
+                  for (_, i), result in self.results.items()}
+            return {i: result[name] + up[i] for (_, i), result in self.results.items() if up[i] is not None}
         found = {i: interpolate(points, math.sqrt(kl)) for i, points in self.curves(name).items()}
         return {i: value for i, value in found.items() if value is not None}
 
@@ -111,15 +114,14 @@ BEST = Arm(betas=(0.3,), runs=6, make=best_of_n)
 
 
 def climb(kl, to):
-    """How much more gold the default run has at one KL than at another, by its mean points at EVERY_PRICE."""
-    at = {beta: list(zip(CURVE.at_beta(beta, "kl").values(), CURVE.at_beta(beta).values()))
-          for beta in EVERY_PRICE}
-    points = sorted((math.sqrt(statistics.mean(k for k, _ in runs)), statistics.mean(gold for _, gold in runs))
-                    for runs in at.values() if runs)
-    if not points:  # in --quick
-        return 0.0
-    there, here = (interpolate(points, min(max(math.sqrt(x), points[0][0]), points[-1][0])) for x in (to, kl))
-    return there - here
+    """How much more gold the default run has at one KL than at another, by its mean points at EVERY_PRICE;
+    None outside them."""
+    at = [[(result["kl"], result["gold"]) for (b, _), result in CURVE.results.items() if b == beta]
+          for beta in EVERY_PRICE]
+    points = sorted((math.sqrt(statistics.mean(kl for kl, _ in runs)), statistics.mean(g for _, g in runs))
+                    for runs in at if runs)
+    there, here = interpolate(points, math.sqrt(to)), interpolate(points, math.sqrt(max(kl, 0)))
+    return None if there is None or here is None else there - here
 
 
 def steered(make=ppo, beta=0.3, runs=6, **settings):
@@ -244,7 +246,7 @@ def stages(jobs):
     pairs, models, policies = set(), {}, set()  # models: (i, name of the labels) -> function of the labels
     for job in jobs:
         i, made, labels = job.i, function_of(job.make), job.settings.get("preference", all_answers)
-        if labels is shipped:
+        if labels is shipped or made in (exact_end, credit, gradients, kl_gradients):  # need no feedback
             continue
         members = neighbours(i) if made in (ensemble, alarmed) else [i]
         models |= {(k, kind_of(labels)): labels for k in members}

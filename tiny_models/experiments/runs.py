@@ -167,17 +167,20 @@ def kl_in_loss(i, settings):
 
 def in_the_loss(i, settings, kind):
     """No price in the reward; in place of it `update`'s penalty, with a gradient of its own: the price times
-    k2 or k3 of each token, or "k2 of the reply", half the square of its whole log-ratio, on its last one."""
+    k2 or k3 of each token, or "k2 of the reply", half the square of its whole log-ratio, on its last token;
+    "centred", the batch's mean is taken from the log-ratio first, a baseline, as the advantages have one."""
     run, history = prepared(i, settings), []
     while run.iteration < run.config.iterations:
         price, run.beta = run.beta, 0.0
         r, run.beta = rlaif.roll_out(run), price
 
         def penalty(logprobs, rows):
-            if kind != "k2 of the reply":
+            if kind in ("k2", "k3"):
                 return price * rlaif.kl_estimate(logprobs, r.ref_logprobs[rows], kind)
             mask = r.mask[rows]
             d = torch.where(mask, logprobs - r.ref_logprobs[rows], 0.0).sum(dim=1, keepdim=True)
+            if kind == "k2 of the reply, centred":
+                d = d - torch.where(r.mask, r.kl, 0.0).sum(dim=1).mean()
             last = torch.arange(mask.shape[1]) == mask.sum(dim=1, keepdim=True) - 1
             return torch.where(last, price * d.square() / 2, 0.0)
         history.append(rlaif.update(run, r, penalty))

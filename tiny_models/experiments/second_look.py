@@ -13,7 +13,7 @@ from tiny_models.experiments.tables import mean_and_std, markdown
 
 def second_look(verdicts, arms):
     """Verdicts and arms by claim, the arms with their results -> Markdown."""
-    found = beside_default(arms, CURVE)
+    found = beside_default(arms, CURVE, verdicts)
     draw_forest(found)
     return "\n\n".join((forest_table(found), stops(arms["alarms"]), other_ways(arms), several(verdicts)))
 

@@ -52,10 +52,10 @@ def curves_of(arms, name="gold"):
     return {label: arm.curves(name) for label, arm in arms.items()}
 
 
-def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True, ticks=None, mark=None):
+def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True, ticks=None, top=math.inf):
     """FIGURES/NAME.png: of each label's curves, {label: {i: points}}, the mean over runs, and a band that is
-    its 95 % interval where all of them are; every point a dot; best of n of the reference dashed. `ticks`:
-    where on the axis which numbers stand, those of nats unless given; `mark`: where a dotted line."""
+    its 95 % interval where all of them are, up to the `top` that is possible; every point a dot; best of n of
+    the reference dashed. `ticks`: where on the axis which numbers stand, those of nats unless given."""
     figure, axis = canvas(title)
     if not figure:
         return
@@ -79,16 +79,16 @@ def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True,
             half = [STUDENT_T[len(h) - 1] * statistics.stdev(h) / math.sqrt(len(h)) if len(h) > 1 else 0
                     for h in heights]
             axis.fill_between(grid, [statistics.mean(h) - d for h, d in zip(heights, half)],
-                              [statistics.mean(h) + d for h, d in zip(heights, half)], color=color,
+                              [min(top, statistics.mean(h) + d) for h, d in zip(heights, half)], color=color,
                               alpha=0.15, lw=0)
             ends.append((high, statistics.mean(heights[-1]), label, color))
         else:
             ends.append((*(statistics.mean(p[-1][k] for p in runs) for k in (0, 1)), label, color))
     if at_kl:
-        axis.axvline(math.sqrt(AT_KL) if mark is None else mark, color="gray", lw=0.8, ls=":")
-    if ticks is None and xlabel == NATS:
-        ticks = {math.sqrt(k): str(k) for k in (0, 1, 2, 4, 6, 10, 20, 40, 80)
-                 if not xs or k == 0 or k <= 1.2 * max(xs) ** 2}
+        axis.axvline(math.sqrt(AT_KL), color="gray", lw=0.8, ls=":")
+    if xlabel == NATS and xs:
+        ticks = {math.sqrt(k): str(k) for k in (0, 1, 2, 4, 6, 10, 20)
+                 if min(xs) - 0.3 <= math.sqrt(k) <= max(xs) + 0.2}
     if ticks:
         axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(xlabel=xlabel, ylabel=ylabel)
