@@ -128,8 +128,9 @@ def test_a_p_value_is_the_one_of_the_tables_of_students_t(n, t, p):
 
 def test_a_verdict_may_be_that_nothing_matters_or_that_it_was_only_shown():
     near, far, apart = [0.01, -0.02, 0.02, 0.0], [0.2, -0.3, 0.1, 0.0], [0.05, 0.06, 0.05, 0.06]
-    says = [str(protocol.Verdict("", differences, 0.1)) for differences in (near, far, apart)]
-    assert says == ["no difference above 0.1", "cannot be told with 4 runs", "holds"]
+    lower = [-0.25, 0.0, -0.1, -0.1]
+    says = [str(protocol.Verdict("", differences, 0.1)) for differences in (near, far, lower, apart)]
+    assert says == ["no difference above 0.1", *["cannot be told with 4 runs"] * 2, "holds"]
     assert str(protocol.Verdict("", near)) == "cannot be told with 4 runs"
     assert str(protocol.Verdict("", apart, shown=True)) == "shown, not tested"
 
