@@ -17,7 +17,7 @@ from tiny_models.experiments import tables
 from tiny_models.experiments.alarms import alarms
 from tiny_models.experiments.feedback import KEPT
 from tiny_models.experiments.feedback_claims import (blind, careless, dense, direct, flattery, flaws, hard,
-                                                     length, position, principles, renewal, stale)
+                                                     labels, length, position, principles, renewal, stale)
 from tiny_models.experiments.ppo_claims import (best_of_n, beta, clip, critic, estimator, exact, gae,
                                                 kl_level, loss, reference, stop, value, whitening)
 from tiny_models.experiments.protocol import CURVE, RESULTS, load_results, make_runs
@@ -26,7 +26,7 @@ from tiny_models.experiments.second_look import second_look
 README = pathlib.Path(__file__).parent / "README.md"
 EXPERIMENTS = {claim.__name__: claim for claim in (
     beta, stop, best_of_n, alarms, reference, kl_level, estimator, loss, exact, whitening, value, critic, gae,
-    clip, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery, careless,
+    clip, labels, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery, careless,
     blind)}
 
 

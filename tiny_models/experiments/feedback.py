@@ -129,6 +129,13 @@ def shipped(i):
     raise LookupError(f"run {i} takes the shipped preference model")
 
 
+def few(i, n):
+    """n pairs of its own, and nothing else: for what asks how many labels it takes."""
+    torch.manual_seed(6000 + i)
+    pairs = sample_pairs(*load_policy(), n)
+    return pairs, averaged(answers_of(pairs))
+
+
 def share(i, n):
     """The first n pairs alone."""
     pairs, prob_a = all_answers(i)

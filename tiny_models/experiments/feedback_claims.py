@@ -8,9 +8,10 @@ import math
 from functools import partial
 
 from tiny_models import world
-from tiny_models.experiments.feedback import all_answers, cut_off, drawn, flawed, pooled, share
-from tiny_models.experiments.measurements import aged, followed, refitted
-from tiny_models.experiments.protocol import (AT_KL, DEFAULT, SOUND, Arm, compare, compare_gold)
+from tiny_models.experiments.feedback import all_answers, cut_off, drawn, few, flawed, pooled, share
+from tiny_models.experiments.measurements import aged, followed, refitted, taught
+from tiny_models.experiments.protocol import (AT_KL, DEFAULT, SOUND, STEERED, Arm, compare,
+                                              compare_gold, steered, without)
 from tiny_models.experiments.runs import ensemble, judged_directly, levelled, ppo, renewed, told, watched
 from tiny_models.experiments.tables import draw, frontier_table, markdown, mean_and_std
 
@@ -65,6 +66,22 @@ def principles():
                      "score of the best reply, worst topic"], rows)
     return compare_gold("all less one", arms["all"], arms["one, as many questions"]), (
         f"{text}\n\n{frontier_table(shown)}")
+
+
+def labels():
+    """Fewer labelled pairs teach the policy less.
+
+    Decides: gold at the same KL, 4,096 pairs (the shipped preference model) less 512 of the run's own, all
+    steered. Each preference model passes 12 times over its pairs.
+    """
+    arms = yield {"4,096 pairs, shipped": STEERED,
+                  **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n)) for n in (512, 1024)}}
+    own = without(arms, "4,096 pairs, shipped")
+    text = frontier_table(arms)
+    text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
+        [label, mean_and_std(arm.at_beta(0.3, "agrees").values(), 3)]
+        for label, arm in own.items() if arm.results])
+    return compare_gold("4,096 pairs less 512", arms["4,096 pairs, shipped"], arms["512 pairs"]), text
 
 
 def stale():

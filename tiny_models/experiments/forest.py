@@ -28,6 +28,8 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "GAE with λ 0.95": ("gae", "λ 0.95"),
     "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2"),
     "four passes over a batch": ("clip", "4 epochs"),
+    "1,024 labelled pairs, not 4,096": ("labels", "1,024 pairs"),
+    "512 labelled pairs": ("labels", "512 pairs"),
     "the judge scores, all principles": ("direct", "judge, all principles"),
     "the judge scores, one principle": ("direct", "judge, one principle"),
     "a score for every prefix": ("dense", "dense, fitted to prefixes"),
@@ -83,7 +85,7 @@ def forest_table(found):
 
 def draw_forest(found):
     """The picture of it: a row an arm, the best above; filled where the price steered itself."""
-    figure, axis = canvas("What costs truth is flawed feedback and the way the KL is charged;\n"
+    figure, axis = canvas("Flawed feedback and a badly charged KL cost truth;\n"
                           "most choices of the optimizer do not matter", (8.0, 9.0))
     if not figure or not found:
         return

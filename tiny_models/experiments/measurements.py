@@ -18,7 +18,7 @@ from tiny_models.exact import (ALL_MASK, enumerate_logprobs, exact_run, expected
                                half_trained, objective_gradient)
 from tiny_models.experiments.feedback import (answers_of, averaged, config_of, fit, judged_pairs, load_policy,
                                               neighbours, preference_model, sample_pairs, share)
-from tiny_models.experiments.runs import prepared, trained_policy
+from tiny_models.experiments.runs import finish, prepared, trained_policy
 
 # %% Preference models
 
@@ -37,6 +37,14 @@ def agreement(preference, policy, tokenizer, n=4096):
             count[abs(gold_a - gold_b)] += 1
             right[abs(gold_a - gold_b)] += (gold_a > gold_b) == (score_a > score_b)
     return count, right
+
+
+def taught(i, settings):
+    """PPO to its end, and of the pairs of the first policy whose gold differs, the share about which the run's
+    preference model agrees with gold."""
+    torch.manual_seed(7000 + i)
+    count, right = agreement(preference_model(i, settings["preference"]), *load_policy(), 2048)
+    return {**finish(prepared(i, settings)), "agrees": right.total() / count.total()}
 
 
 def followed(i, settings):

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from tiny_models.experiments.feedback import (all_answers, function_of, judged_pairs, kind_of, neighbours,
-                                              pooled, preference_folder, shipped, spelled)
+from tiny_models.experiments.feedback import (all_answers, few, function_of, judged_pairs, kind_of,
+                                              neighbours, pooled, preference_folder, shipped, spelled)
 from tiny_models.experiments.measurements import (aged, best_of_n, credit, estimators, exact_end, followed,
                                                   gradients, kl_gradients, refitted)
 from tiny_models.experiments.runs import alarmed, ensemble, ppo, second_round, trained_policy
@@ -243,10 +243,13 @@ def work(job):
 def stages(jobs):
     """What the jobs need first, as calls, so that each thing is made once and by one process -> [(name, list
     of (function, arguments))]: pairs and labels, preference models without a flaw, the others, policies."""
-    pairs, models, policies = set(), {}, set()  # models: (i, name of the labels) -> function of the labels
+    pairs, models, alone, policies = set(), {}, {}, set()  # models: (i, name of labels) -> function of labels
     for job in jobs:
         i, made, labels = job.i, function_of(job.make), job.settings.get("preference", all_answers)
         if labels is shipped or made in (exact_end, credit, gradients, kl_gradients):  # need no feedback
+            continue
+        if function_of(labels) is few:
+            alone[i, kind_of(labels)] = labels
             continue
         members = neighbours(i) if made in (ensemble, alarmed) else [i]
         models |= {(k, kind_of(labels)): labels for k in members}
@@ -260,7 +263,7 @@ def stages(jobs):
     return [("labels", [(judged_pairs, i) for i in sorted(pairs)]),
             ("preference models", [(preference_folder, i) for i in sorted({i for i, _ in models})]),
             ("other preference models", [(preference_folder, i, models[i, kind])
-                                         for i, kind in sorted(models)]),
+                                         for models in (models, alone) for i, kind in sorted(models)]),
             ("policies", [(trained_policy, *policy) for policy in sorted(policies)])]
 
 

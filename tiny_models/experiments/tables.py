@@ -115,10 +115,14 @@ def beside(axis, ends):
     """Labels at the ends of their lines, [(x, y, label, color)], none upon another."""
     bottom, top = axis.get_ylim()
     left, right = axis.get_xlim()
-    at = -1.0
-    for x, y, label, color in sorted(ends, key=lambda end: end[1]):
-        at = max(at + 0.055, (y - bottom) / (top - bottom))
-        axis.annotate(label, ((x - left) / (right - left), (y - bottom) / (top - bottom)), (1.03, at),
+    ends = sorted(ends, key=lambda end: end[1])
+    at = [(y - bottom) / (top - bottom) for _, y, _, _ in ends]
+    for k in range(1, len(at)):
+        at[k] = max(at[k], at[k - 1] + 0.055)
+    for k in reversed(range(len(at))):
+        at[k] = min(at[k], (at[k + 1] if k + 1 < len(at) else 1.055) - 0.055)
+    for height, (x, y, label, color) in zip(at, ends):
+        axis.annotate(label, ((x - left) / (right - left), (y - bottom) / (top - bottom)), (1.03, height),
                       xycoords="axes fraction", textcoords="axes fraction", va="center", color=color,
                       fontsize=9, arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "alpha": 0.5})
     axis.set_xlim(left, right)
