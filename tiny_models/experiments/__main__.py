@@ -26,8 +26,8 @@ from tiny_models.experiments.second_look import second_look
 README = pathlib.Path(__file__).parent / "README.md"
 EXPERIMENTS = {claim.__name__: claim for claim in (
     beta, stop, best_of_n, alarms, reference, kl_level, estimator, loss, exact, whitening, value, critic, gae,
-    clip, labels, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery, careless,
-    blind)}
+    clip, labels, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery,
+    careless, blind)}
 
 
 def plan(names, quick):

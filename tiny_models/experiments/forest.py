@@ -56,15 +56,18 @@ AT_BEST = math.log(64) - 63 / 64  # nats, at most
 
 def beside_default(arms, default, verdicts):
     """Arms by claim, the default at every price, and the claims' verdicts, of which two are such a comparison
-    already -> {name: (KL of each run, Verdict, the same on its line or None)}."""
+    already -> {name: (KL of each run, Verdict, the same on its line or None)}. `compared` in the Verdict: how
+    many runs, and of how many, if some ended where the default has no points."""
     stop, best = verdicts["stop"], verdicts["best_of_n"]
     found = {"no price, stopped at 3.7 nats": ([AT_KL], Verdict("", [-d for d in stop.differences]), None),
-             "best of 64 replies": ([AT_BEST], best, None)}
+             "best of 64 replies": ([AT_BEST], Verdict("", best.differences), None)}
     for name, (claim, label) in ARMS.items():
         arm = arms[claim][label]
         if arm.steered:
-            kl, there = arm.at_kl("kl"), STEERED.at_kl()
-            found[name] = list(kl.values()), compare("", arm.at_kl(), there), None
+            less = compare("", arm.at_kl(), STEERED.at_kl())
+            both, used = arm.results.keys() & STEERED.results.keys(), len(less.differences)
+            less.compared = f"{used} of {len(both)}" if used < len(both) else ""
+            found[name] = [arm.results[at]["kl"] for at in sorted(both)], less, None
             continue
         near = {i: min(points, key=lambda point: abs(point[0] ** 2 - AT_KL))
                 for i, points in arm.curves().items()}
@@ -83,6 +86,11 @@ def forest_table(found):
          by_line.numbers() if by_line else "-"] for name, (kl, less, by_line) in found.items()])
 
 
+def runs_of(less):
+    """How many runs a row has: "6", or "3 of 4" where some cannot be compared."""
+    return less.compared or str(len(less.differences))
+
+
 def draw_forest(found):
     """The picture of it: a row an arm, the best above; filled where the price steered itself."""
     figure, axis = canvas("Flawed feedback and a badly charged KL cost truth;\n"
@@ -98,7 +106,7 @@ def draw_forest(found):
         axis.plot(statistics.mean(less.differences), y, "o", color=color, ms=5,
                   mfc="white" if by_line else color)
     axis.axvline(0, color="k", lw=0.8)
-    axis.set_yticks(range(len(rows)), [f"{name} ({len(less.differences)})" for name, (_, less, _) in rows],
+    axis.set_yticks(range(len(rows)), [f"{name} ({runs_of(less)})" for name, (_, less, _) in rows],
                     fontsize=8.5)
     axis.set(xlabel="truth, less the default run's at the same KL (3 points at most)",
              ylim=(-0.8, len(rows) - 0.2), xlim=(left, 0.5))

@@ -40,8 +40,8 @@ def agreement(preference, policy, tokenizer, n=4096):
 
 
 def taught(i, settings):
-    """PPO to its end, and of the pairs of the first policy whose gold differs, the share about which the run's
-    preference model agrees with gold."""
+    """PPO to its end, and of the pairs of the first policy whose gold differs, the share about which the
+    run's preference model agrees with gold."""
     torch.manual_seed(7000 + i)
     count, right = agreement(preference_model(i, settings["preference"]), *load_policy(), 2048)
     return {**finish(prepared(i, settings)), "agrees": right.total() / count.total()}

@@ -120,7 +120,7 @@ def beside(axis, ends):
     for k in range(1, len(at)):
         at[k] = max(at[k], at[k - 1] + 0.055)
     for k in reversed(range(len(at))):
-        at[k] = min(at[k], (at[k + 1] if k + 1 < len(at) else 1.055) - 0.055)
+        at[k] = min(at[k], (at[k + 1] if k + 1 < len(at) else 1.03) - 0.055)  # below the title
     for height, (x, y, label, color) in zip(at, ends):
         axis.annotate(label, ((x - left) / (right - left), (y - bottom) / (top - bottom)), (1.03, height),
                       xycoords="axes fraction", textcoords="axes fraction", va="center", color=color,
