@@ -75,7 +75,8 @@ def labels():
     steered. Each preference model passes 12 times over its pairs.
     """
     arms = yield {"4,096 pairs, shipped": STEERED,
-                  **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n)) for n in (512, 1024)}}
+                  **{f"{n:,} pairs": steered(taught, runs=3, preference=partial(few, n=n))
+                     for n in (512, 1024)}}
     own = without(arms, "4,096 pairs, shipped")
     text = frontier_table(arms)
     text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [

@@ -179,8 +179,9 @@ def loss():
     the KL's, at a policy on its way in the enumerable world.
     """
     arms = yield {"k1 in the reward": STEERED,
-                  **{f"{kind} in the loss": steered(partial(in_the_loss, kind=kind))
-                     for kind in ("k3", "k2", "k2 of the reply", "k2 of the reply, centred")},
+                  **{f"{kind} in the loss": steered(partial(in_the_loss, kind=kind), runs=runs)
+                     for kind, runs in (("k3", 6), ("k2", 3), ("k2 of the reply", 2),
+                                        ("k2 of the reply, centred", 6))},
                   "gradients": Arm({}, (0.5,), 6, kl_gradients)}
     found = list(arms["gradients"].results.values())
     shown = without(arms, "gradients")
@@ -276,8 +277,9 @@ def critic():
     """
     groups = {"groups of 4, their mean (RLOO)": "mean", "groups of 4, divided by their std": "std",
               "groups of 4, their std, k3 in the loss (GRPO)": "grpo"}
-    arms = yield {"a critic": STEERED, **{label: steered(partial(critic_free, how=how))
-                                          for label, how in groups.items()}}
+    arms = yield {"a critic": STEERED, **{
+        label: steered(partial(critic_free, how=how), runs=3 if how == "std" else 6)
+        for label, how in groups.items()}}
     text = frontier_table(arms, **{"price at the end": "last_beta"})
     return compare_gold("critic less mean of the group", arms["a critic"], arms[list(groups)[0]]), text
 
