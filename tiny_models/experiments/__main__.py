@@ -1,8 +1,8 @@
 """One experiment for each claim about RLAIF with PPO:  python -m tiny_models.experiments  [--only NAME]
 
 How a claim is tested stands in protocol.py, and one function for each claim, to be read alone, in
-ppo_claims.py, feedback_claims.py and alarms.py; what else the same runs say, in second_look.py. How a run is
-made: runs.py and measurements.py; on which feedback: feedback.py.
+ppo_claims.py, feedback_claims.py and alarms.py; what else the same runs say, in second_look.py, and all arms
+in one picture, in forest.py. How a run is made: runs.py and measurements.py; on which feedback: feedback.py.
 
 Every run is a line of results.jsonl, written as it comes, so that a command that was stopped goes on where it
 was; runs that several experiments share are made once. Labels, preference models and policies are kept in
