@@ -183,11 +183,6 @@ def flawed(i, flaw, strength, remedy=""):
     return pairs, bend(torch.tensor(pairs.pop("answers")), pairs, flaw, strength, remedy)
 
 
-def afresh(i, flaw, strength, remedy=""):
-    """The same labels, for a preference model that is fitted to them from nothing."""
-    return flawed(i, flaw, strength, remedy)
-
-
 def pooled(i, flaw, strength):
     """All the pairs that the three models of a committee were fitted to, with the same labels."""
     parts = [flawed(k, flaw, strength) for k in neighbours(i)]
@@ -210,7 +205,6 @@ def bend(answers, pairs, flaw, strength, remedy=""):
     careless   by noise of that std
     blind      the answers about harm are sure and random, that share of them
     hard       not bent, but the label, the average, is rounded to 0 or 1
-    none       not bent: for the control that is fitted on for as long
     """
     odds = answers.logit(eps=1e-6)
     odds[:, 1] *= -1  # for reply a, in either order
