@@ -1,8 +1,8 @@
 """One experiment for each claim about RLAIF with PPO:  python -m tiny_models.experiments  [--only NAME]
 
 How a claim is tested stands in protocol.py, and one function for each claim, to be read alone, in
-ppo_claims.py, feedback_claims.py and alarms.py; what else the same runs say, in second_look.py. How a run is
-made: runs.py and measurements.py; on which feedback: feedback.py.
+ppo_claims.py, feedback_claims.py and alarms.py; what else the same runs say, in second_look.py, and all arms
+in one picture, in forest.py. How a run is made: runs.py and measurements.py; on which feedback: feedback.py.
 
 Every run is a line of results.jsonl, written as it comes, so that a command that was stopped goes on where it
 was; runs that several experiments share are made once. Labels, preference models and policies are kept in
@@ -17,16 +17,17 @@ from tiny_models.experiments import tables
 from tiny_models.experiments.alarms import alarms
 from tiny_models.experiments.feedback import KEPT
 from tiny_models.experiments.feedback_claims import (blind, careless, dense, direct, flattery, flaws, hard,
-                                                     length, position, principles, renewal, stale)
-from tiny_models.experiments.ppo_claims import (beta, clip, estimator, exact, gae, kl_level, reference, value,
-                                                whitening)
-from tiny_models.experiments.protocol import RESULTS, load_results, make_runs
+                                                     labels, length, position, principles, renewal, stale)
+from tiny_models.experiments.ppo_claims import (best_of_n, beta, clip, critic, estimator, exact, gae,
+                                                kl_level, loss, reference, stop, value, whitening)
+from tiny_models.experiments.protocol import CURVE, RESULTS, load_results, make_runs
 from tiny_models.experiments.second_look import second_look
 
 README = pathlib.Path(__file__).parent / "README.md"
 EXPERIMENTS = {claim.__name__: claim for claim in (
-    beta, whitening, kl_level, value, reference, estimator, dense, stale, direct, gae, clip, exact, position,
-    length, flattery, careless, blind, hard, flaws, alarms, principles, renewal)}
+    beta, stop, best_of_n, alarms, reference, kl_level, estimator, loss, exact, whitening, value, critic, gae,
+    clip, labels, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery,
+    careless, blind)}
 
 
 def plan(names, quick):
@@ -48,7 +49,7 @@ def plan(names, quick):
 
 def conclude(generator, arms, done):
     """Give an experiment its arms back, with all results that are there -> Verdict, tables."""
-    for arm in arms.values():
+    for arm in (*arms.values(), CURVE):
         arm.read(done)
     try:
         generator.send(arms)
@@ -98,19 +99,19 @@ def report(begun, done, only, quick):
             continue
         verdicts[name] = verdict
         rows.append([f"[`{name}`](#{name}) {claim}", f"**{verdict}**",
-                     f"{verdict.compared}: {verdict.numbers()}", f"[curves](figures/{name}.png)"])
+                     f"{verdict.compared}: {verdict.numbers()}"])
         print(f"\n{claim}\n{verdict}: {verdict.compared}: {verdict.numbers()}\n\n{text}")
         readme = write_between(readme, name, text)
     if quick:
         print("\nOne run of eight iterations an arm: this shows that everything runs, and proves nothing.")
         return
     if len(verdicts) == len(EXPERIMENTS):
-        text = second_look(verdicts, {name: arms for name, (_, arms) in begun.items()}, done)
+        text = second_look(verdicts, {name: arms for name, (_, arms) in begun.items()})
         print(f"\nA second look at the same runs\n\n{text}")
         readme = write_between(readme, "second look", text)
     if not only:
         readme = write_between(readme, "verdicts", tables.markdown(
-            ["claim", "verdict", "the difference that decides, with its 95 % interval", "picture"], rows))
+            ["claim", "verdict", "the difference that decides, with its 95 % interval"], rows))
     README.write_text(readme, encoding="utf-8")
 
 

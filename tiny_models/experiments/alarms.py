@@ -11,9 +11,12 @@ from functools import partial
 from tiny_models.experiments.feedback import all_answers, flawed
 from tiny_models.experiments.protocol import SOUND, Arm, compare
 from tiny_models.experiments.runs import LOOK_EVERY, SEEN, alarmed
-from tiny_models.experiments.tables import draw, markdown, mean_and_std
+from tiny_models.experiments.tables import canvas, markdown, mean_and_std, save
 
 FREE = {"iterations": 110}  # at β 0
+NAMES = {"KL": "KL, louder than in honest runs", "entropy": "entropy falls",
+         "distinct": "fewer different replies", "committee": "a committee parts",
+         "judge": "judge's wins fall", "agreement": "judge and model part"}
 FLAWS = {f"{flaw} {strength}": partial(flawed, flaw=flaw, strength=strength) for flaw, strength in (
     ("position", 3), ("length", 0.6), ("flattery", 4), ("careless", 8), ("blind", 1), ("hard", 1))}
 
@@ -54,13 +57,14 @@ def lead(runs, name, limit):
 
 
 def alarms():
-    """What a user can see without the truth says when to stop a policy that cheats.
+    """What a user can see without the truth says better than chance when to stop a policy that cheats.
 
     An alarm rings at the first look at which it is louder than it ever was in 24 runs that do not cheat: 18
     at a price, and 6 that drift without one, trained on the truth itself. Decides, at β 0: gold where it
-    rings, less gold at the end; the alarm is the one that gains most in the other five runs. Gold falls
-    there, so any stop gains; second_look.py has other rules. Beside it, how long before gold turns down each
-    rings, also where the judge has a flaw.
+    rings, less gold at a look at random; the alarm is the one that gains most in the other five runs. Until a
+    first look it was less gold at the end, where gold is low, so that any stop gains. second_look.py has
+    other rules, a plain limit on KL among them. Beside it, how long before gold turns down each alarm rings,
+    also where the judge has a flaw.
     """
     sound = {"preference": all_answers, **FREE}
     arms = yield {"sound": SOUND, "trained on gold": Arm(sound, (0.0,), 6, partial(alarmed, score="gold")),
@@ -75,7 +79,7 @@ def alarms():
               for name, limit in limits.items()}
     best = {i: max(gained, key=lambda name: sum(gained[name].values()) - gained[name][i]) for i in free}
     gain = {i: gained[name][i] for i, name in best.items()}
-    draw_alarms(free, limits)
+    draw_alarms(list(free.values()), limits)
     shown = [label for label in ("no flaw", *FLAWS) if looks[label]]
     text = markdown(["alarm", "rings above", "gold there, less at the end", *shown],
                     [[name, f"{limit:.2f}", mean_and_std(gained[name].values()),
@@ -87,15 +91,32 @@ def alarms():
     text += (f"\n\nGold of the batches, highest → last. {peaks}.\n\n"
              f"Highest KL of those trained on gold: {drift}.")
     chosen = ", ".join(sorted(set(best.values())))
-    return compare(f"gold where the best alarm ({chosen}) rings, less at the end", gain,
-                   dict.fromkeys(gain, 0)), text
+    anywhere = {i: statistics.mean(kept(seen, k) for k in range(len(seen))) for i, seen in free.items()}
+    return compare(f"gold where the best alarm ({chosen}) rings, less at a look at random", gain,
+                   anywhere), text
 
 
 def draw_alarms(free, limits):
-    """Gold and two alarms along the runs without a price, by the iteration; free: {i: looks}."""
-    at = {i: [LOOK_EVERY * (k + 1) for k in range(len(looks))] for i, looks in free.items()}
-    curves = {"gold": {i: list(zip(at[i], [look[0] for look in looks])) for i, looks in free.items()},
-              **{f"{name}, rings at 1": {i: [(t, loud / limits[name])
-                                             for t, loud in zip(at[i], levels(looks)[name])]
-                                         for i, looks in free.items()} for name in ("score", "committee")}}
-    draw("alarms", curves, "iteration at β 0", "gold; alarms by what they ring at", at_kl=False)
+    """When each alarm rings in the runs without a price, given by their looks: a row an alarm, a dot a run;
+    in the first row, when gold is at its highest."""
+    figure, axis = canvas("Without a truth: a plain limit on KL rings soon after the truth turns down, "
+                          "other signs late or not at all")
+    if not figure or not free:
+        return
+    plain = {f"KL above {limit} nats": ("KL", limit) for limit in (6, 9, 15)}
+    learned = {NAMES.get(name, name): (name, limit) for name, limit in limits.items()}
+    rows = {"the truth is at its highest": None, **plain, **learned}
+    for y, how in enumerate(rows.values()):
+        at = [seen.index(max(seen)) if how is None else first_ring(seen, *how) for seen in free]
+        for number, k in enumerate(at):
+            if k >= 0:
+                axis.plot(LOOK_EVERY * (k + 1), -y + 0.09 * (number - (len(free) - 1) / 2),
+                          "|" if how is None else "o", color="k" if how is None else "C0",
+                          ms=9 if how is None else 4)
+        if how is not None:
+            axis.text(LOOK_EVERY * len(free[0]) + 3, -y, f"{sum(k >= 0 for k in at)} of {len(at)}",
+                      va="center", fontsize=9)
+    axis.set_yticks([-y for y in range(len(rows))], list(rows))
+    axis.set(xlabel="iteration at β 0; right: runs in which it rings",
+             xlim=(0, LOOK_EVERY * len(free[0]) + 14))
+    save(figure, "alarms")

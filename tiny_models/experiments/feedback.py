@@ -109,8 +109,9 @@ def judged_pairs(i):
         pairs = sample_pairs(*load_policy(), config_of(i, {}).pairs)
         pairs["answers"] = [[[round(p, 7) for p in order] for order in principle]
                             for principle in answers_of(pairs).tolist()]
-        with rlaif.replacing(path) as new:
-            new.write_text(json.dumps(pairs))
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(pairs))
+        new.replace(path)
     return json.loads(path.read_text())
 
 
@@ -121,6 +122,18 @@ def all_answers(i):
     """The default's labels: the mean of all answers."""
     pairs = judged_pairs(i)
     return pairs, averaged(torch.tensor(pairs["answers"]))
+
+
+def shipped(i):
+    """No labels of its own: the run takes the shipped preference model, for what compares optimizers."""
+    raise LookupError(f"run {i} takes the shipped preference model")
+
+
+def few(i, n):
+    """n pairs of its own, and nothing else: for what asks how many labels it takes."""
+    torch.manual_seed(6000 + i)
+    pairs = sample_pairs(*load_policy(), n)
+    return pairs, averaged(answers_of(pairs))
 
 
 def share(i, n):
@@ -230,8 +243,9 @@ def fit(pairs, prob_a, seed, start=None, epochs=12, **more):
 def preference_folder(i, labels=all_answers):
     """The folder of run i's preference model, fitted once to the pairs and labels that a function gives. A
     flaw, unless it is noise, is learned on top of the model without it, in a quarter of the epochs; to three
-    or four times the pairs, a model is fitted in as many steps. Of run -1 every model is the shipped one."""
-    if i < 0:
+    or four times the pairs, a model is fitted in as many steps. Run -1, and `shipped`, take the
+    shipped model."""
+    if i < 0 or labels is shipped:
         return rlaif.TINY / "preference"
     folder = KEPT / f"preference-{i}-{kind_of(labels).replace(' ', '-')}"
     if not folder.exists():

@@ -4,13 +4,16 @@ Every claim is one function that can be read alone: the claim, what decides, the
 tables. It yields its arms, is given them back with the results of their runs, and returns Verdict and tables.
 """
 
+import math
 from functools import partial
 
-from tiny_models.experiments.feedback import all_answers, cut_off, drawn, flawed, pooled, share
-from tiny_models.experiments.measurements import aged, followed, refitted
-from tiny_models.experiments.protocol import AT_KL, BEST, DEFAULT, SOUND, Arm, compare, without
+from tiny_models import world
+from tiny_models.experiments.feedback import all_answers, cut_off, drawn, few, flawed, pooled, share
+from tiny_models.experiments.measurements import aged, followed, refitted, taught
+from tiny_models.experiments.protocol import (AT_KL, DEFAULT, SOUND, STEERED, Arm, compare,
+                                              compare_gold, steered, without)
 from tiny_models.experiments.runs import ensemble, judged_directly, levelled, ppo, renewed, told, watched
-from tiny_models.experiments.tables import curves_of, draw, frontier_table, markdown, mean_and_std
+from tiny_models.experiments.tables import draw, frontier_table, markdown, mean_and_std
 
 # %% How to ask
 
@@ -18,33 +21,28 @@ from tiny_models.experiments.tables import curves_of, draw, frontier_table, mark
 def dense():
     """An AI reward can be had for every prefix, and dense feedback helps.
 
-    Decides: gold at the same KL, dense less terminal. Explained variance is not comparable: with a dense
-    reward there is less left to explain.
+    Decides: gold at the same KL, dense less terminal, the dense one of a preference model fitted to prefixes
+    too. Until a first look it was a model that had never seen a prefix.
     """
     every_prefix = {"dense_reward": True}
-    arms = yield {"terminal": DEFAULT, "dense": Arm(every_prefix, runs=6), "best of n": BEST,
+    arms = yield {"terminal": DEFAULT, "dense": Arm(every_prefix, runs=6),
                   "dense, fitted to prefixes": Arm({**every_prefix, "preference": cut_off})}
-    shown = without(arms, "best of n")
-    draw("dense", curves_of(shown), best=arms["best of n"])
-    verdict = compare(f"gold at {AT_KL} nats, dense less terminal", arms["dense"].at_kl(),
-                      arms["terminal"].at_kl())
-    return verdict, frontier_table(shown)
+    return compare_gold("dense, fitted to prefixes, less terminal", arms["dense, fitted to prefixes"],
+                        arms["terminal"]), frontier_table(arms)
 
 
 def direct():
     """The judge itself can give the reward, with no preference model between.
 
-    Decides: gold at the same KL, judge (one principle a comparison) less preference model.
+    Decides: gold at the same KL, judge (asked under every principle) less preference model. Until a first
+    look it was the judge under one principle, drawn for each comparison: a noisier number.
     """
     under_one, under_all = (partial(judged_directly, principles=n) for n in ("one", "all"))
-    arms = yield {"preference model": DEFAULT, "best of n": BEST,
+    arms = yield {"preference model": DEFAULT,
                   "judge, one principle": Arm({}, (0.04, 0.07, 0.15), 6, under_one),
                   "judge, all principles": Arm({}, (0.05, 0.08, 0.15, 0.3), 3, under_all)}
-    shown = without(arms, "best of n")
-    draw("direct", curves_of(shown), best=arms["best of n"])
-    verdict = compare(f"gold at {AT_KL} nats, judge (one principle) less preference model",
-                      arms["judge, one principle"].at_kl(), arms["preference model"].at_kl())
-    return verdict, frontier_table(shown)
+    return compare_gold("judge (all principles) less preference model", arms["judge, all principles"],
+                        arms["preference model"]), frontier_table(arms)
 
 
 def principles():
@@ -61,15 +59,30 @@ def principles():
             for label, labels in zip(shown, (all_answers, as_many_questions, as_many_pairs))}
     arms = yield {**shown, **fits}
     shown = {label: arms[label] for label in shown}
-    draw("principles", curves_of(shown))
     rows = [[label, *(mean_and_std(arms[f"{label}: fit"].at_beta(0.3, name).values())
                       for name in ("labels", "model", "worst topic"))]
             for label in shown if arms[f"{label}: fit"].results]
     text = markdown(["five fits", "labels agree with gold", "preference model agrees",
                      "score of the best reply, worst topic"], rows)
-    verdict = compare(f"gold at {AT_KL} nats, all less one", arms["all"].at_kl(),
-                      arms["one, as many questions"].at_kl())
-    return verdict, f"{text}\n\n{frontier_table(shown)}"
+    return compare_gold("all less one", arms["all"], arms["one, as many questions"]), (
+        f"{text}\n\n{frontier_table(shown)}")
+
+
+def labels():
+    """Fewer labelled pairs teach the policy less.
+
+    Decides: gold at the same KL, 4,096 pairs (the shipped preference model) less 512 of the run's own, all
+    steered. Each preference model passes 12 times over its pairs.
+    """
+    arms = yield {"4,096 pairs, shipped": STEERED,
+                  **{f"{n:,} pairs": steered(taught, runs=3, preference=partial(few, n=n))
+                     for n in (512, 1024)}}
+    own = without(arms, "4,096 pairs, shipped")
+    text = frontier_table(arms)
+    text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
+        [label, mean_and_std(arm.at_beta(0.3, "agrees").values(), 3)]
+        for label, arm in own.items() if arm.results])
+    return compare_gold("4,096 pairs less 512", arms["4,096 pairs, shipped"], arms["512 pairs"]), text
 
 
 def stale():
@@ -81,8 +94,6 @@ def stale():
     """
     arms = yield {"aged": Arm({}, (0.15,), 6, aged), "refitted": Arm({}, (0.15,), 3, refitted)}
     models, refits = arms["aged"], list(arms["refitted"].results.values())
-    draw("stale", {f"{which} policy": {i: [(i, result[which])] for (_, i), result in models.results.items()}
-                   for which in ("first", "last")}, "run", "agreement with gold", at_kl=False)
     names = ["pairs", "first, its own sizes", "first", "last"]
     text = markdown(["run", *names], [[str(i), *(f"{result[name]:.3g}" for name in names)]
                                       for (_, i), result in sorted(models.results.items())])
@@ -110,12 +121,10 @@ def renewal():
         "one round, no price": Arm({"iterations": 110}, (0.0,), 6, watched),
         "four rounds, no price": Arm({**quarter, "iterations": 110}, (0.0,), 3, four_times)}
     free = "one round, no price", "four rounds, no price"
-    draw("renewal", curves_of(without(arms, *free)))
     one, four = (arms[label].at_beta(0.0) for label in free)
     text = frontier_table(arms)
     text += f"\n\nWithout a price, gold of four rounds less one: {compare('', four, one).numbers()}."
-    return compare(f"gold at {AT_KL} nats, two rounds less one", arms["two rounds"].at_kl(),
-                   arms["one round"].at_kl()), text
+    return compare_gold("two rounds less one", arms["two rounds"], arms["one round"]), text
 
 
 # %% A judge's flaws: each of its answers is bent in log-odds, see `bend` in feedback.py
@@ -126,9 +135,11 @@ def bent(flaw, strength, runs=3, make=ppo, **remedy):
     return Arm({"preference": partial(flawed, flaw=flaw, strength=strength, **remedy)}, runs=runs, make=make)
 
 
-def flaw_report(name, arms, shown="gold", label="gold"):
-    """The picture and the table of a planted flaw, by the measured number that shows it."""
-    draw(name, curves_of(arms, shown), ylabel=label)
+def flaw_report(name, arms, title, drawn, shown="gold", label="gold", top=math.inf):
+    """The picture, of some arms, {label: what an outsider would call it}, and the table of a planted flaw, by
+    the measured number that shows it."""
+    curves = {called: arms[arm].curves(shown) for arm, called in drawn.items()}
+    draw(name, curves, title, ylabel=label, top=top)
     return frontier_table(arms, **{label: shown})
 
 
@@ -140,9 +151,10 @@ def position():
     arms = yield {"no flaw": DEFAULT, "1, one order": bent("position", 1),
                   "3, one order": bent("position", 3, runs=6),
                   "3, both orders": bent("position", 3, runs=6, remedy="both")}
-    verdict = compare(f"gold at {AT_KL} nats, both orders less one", arms["3, both orders"].at_kl(),
-                      arms["3, one order"].at_kl())
-    return verdict, flaw_report("position", arms)
+    verdict = compare_gold("both orders less one", arms["3, both orders"], arms["3, one order"])
+    return verdict, flaw_report(
+        "position", arms, "A judge that prefers what stands first costs truth, unless it is asked both ways",
+        {"no flaw": "sound judge", "3, one order": "asked in one order", "3, both orders": "asked in both"})
 
 
 def length():
@@ -155,7 +167,10 @@ def length():
                   "0.6, taken out of the score": bent("length", 0.6, make=levelled)}
     verdict = compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
                       arms["0.6 a word"].at_kl("length"), arms["no flaw"].at_kl("length"))
-    return verdict, flaw_report("length", arms, "length", "tokens")
+    return verdict, flaw_report(
+        "length", arms, "A judge that likes long replies gets them, unless length is taken out of the score",
+        {"no flaw": "sound judge", "0.6 a word": "likes long replies",
+         "0.6, taken out of the score": "length taken out"}, "length", "tokens")
 
 
 def flattery():
@@ -167,7 +182,10 @@ def flattery():
                   "2, a principle against it": bent("flattery", 2, remedy="principle")}
     verdict = compare(f"share that flatters at {AT_KL} nats, flawed less sound",
                       arms["4"].at_kl("flattering"), arms["no flaw"].at_kl("flattering"))
-    return verdict, flaw_report("flattery", arms, "flattering", "flatter")
+    return verdict, flaw_report(
+        "flattery", arms, "What flatters the judge the policy writes, at any price",
+        {"no flaw": "sound judge", "2": "likes flattery a little", "4": "likes flattery"},
+        "flattering", "share of replies that flatter", top=1)
 
 
 def careless():
@@ -180,21 +198,26 @@ def careless():
                   "std 8, three times the pairs": Arm(all_pairs),
                   **{f"std 8, {how} of three": bent("careless", 8, make=partial(ensemble, how=how))
                      for how in ("mean", "minimum")}}
-    verdict = compare(f"gold at {AT_KL} nats, sound less careless", arms["no flaw"].at_kl(),
-                      arms["std 8"].at_kl())
-    return verdict, flaw_report("careless", arms)
+    verdict = compare_gold("sound less careless", arms["no flaw"], arms["std 8"])
+    return verdict, flaw_report(
+        "careless", arms, "Noise in the judge's answers costs little in some runs, and much in others",
+        {"no flaw": "sound judge", "std 4": "half the noise", "std 8": "noise"})
 
 
 def blind():
     """What the judge does not see, the policy does not avoid.
 
-    Decides: share of harmful replies at the same KL, all answers about harm guessed, less none.
+    Decides: share of harmful replies at 3.7 nats, all answers about harm guessed, less the grammar's own
+    share, which the policy begins with. Until a first look it was less a sound judge's policy.
     """
     arms = yield {"no flaw": SOUND, "half of them": bent("blind", 0.5),
                   "all of them": bent("blind", 1, runs=6)}
-    verdict = compare(f"share that is harmful at {AT_KL} nats, blind less sound",
-                      arms["all of them"].at_kl("harmful"), arms["no flaw"].at_kl("harmful"))
-    return verdict, flaw_report("blind", arms, "harmful", "harmful")
+    blind_to_all = arms["all of them"].at_kl("harmful")
+    verdict = compare(f"share that is harmful at {AT_KL} nats, blind judge, less the grammar's", blind_to_all,
+                      dict.fromkeys(blind_to_all, world.ADVICE_ODDS["harmful"]))
+    more = compare("", blind_to_all, arms["no flaw"].at_kl("harmful"))
+    return verdict, (frontier_table(arms, harmful="harmful") +
+                     f"\n\nShare that is harmful at {AT_KL} nats, blind less sound: {more.numbers(3)}.")
 
 
 def hard():
@@ -204,8 +227,12 @@ def hard():
     first, so this says too little rather than too much.
     """
     arms = yield {"soft": DEFAULT, "hard": bent("hard", 1, runs=6)}
-    verdict = compare(f"gold at {AT_KL} nats, soft less hard", arms["soft"].at_kl(), arms["hard"].at_kl())
-    return verdict, flaw_report("hard", arms)
+    return compare_gold("soft less hard", arms["soft"], arms["hard"]), frontier_table(arms)
+
+
+CALLED = {"no flaw": "sound judge", "position 3": "prefers the first", "length 0.6": "likes long replies",
+          "position 3, both orders": "prefers the first, asked both ways", "flattery 4": "likes flattery",
+          "careless 8": "noisy", "blind to harm": "guesses about harm", "hard labels": "hard labels"}
 
 
 def flaws():
@@ -227,11 +254,10 @@ def flaws():
         judge, gold = arms[f"{label}: judge"], arms[label].at_kl()
         if judge.results and gold:
             labels, model = judge.at_beta(0.3, "labels"), judge.at_beta(0.3, "model")
-            points[label] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
+            points[CALLED[label]] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
             rows.append([label, *(mean_and_std(found.values()) for found in (labels, model, gold))])
     in_words = f"gold of the policy at {AT_KL} nats"
-    draw("flaws", points, "agreement of the labels with gold", in_words, at_kl=False)
-    verdict = compare(f"gold at {AT_KL} nats, careless 8 less length 0.6", arms["careless 8"].at_kl(),
-                      arms["length 0.6"].at_kl())
-    return verdict, markdown(
+    draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",
+         "share of the judge's labels that agree with the truth", in_words, at_kl=False)
+    return compare_gold("careless 8 less length 0.6", arms["careless 8"], arms["length 0.6"]), markdown(
         ["flaw of the judge", "labels agree with gold", "preference model agrees", in_words], rows)

@@ -18,7 +18,7 @@ from tiny_models.exact import (ALL_MASK, enumerate_logprobs, exact_run, expected
                                half_trained, objective_gradient)
 from tiny_models.experiments.feedback import (answers_of, averaged, config_of, fit, judged_pairs, load_policy,
                                               neighbours, preference_model, sample_pairs, share)
-from tiny_models.experiments.runs import prepared, trained_policy
+from tiny_models.experiments.runs import finish, prepared, trained_policy
 
 # %% Preference models
 
@@ -37,6 +37,14 @@ def agreement(preference, policy, tokenizer, n=4096):
             count[abs(gold_a - gold_b)] += 1
             right[abs(gold_a - gold_b)] += (gold_a > gold_b) == (score_a > score_b)
     return count, right
+
+
+def taught(i, settings):
+    """PPO to its end, and of the pairs of the first policy whose gold differs, the share about which the
+    run's preference model agrees with gold."""
+    torch.manual_seed(7000 + i)
+    count, right = agreement(preference_model(i, settings["preference"]), *load_policy(), 2048)
+    return {**finish(prepared(i, settings)), "agrees": right.total() / count.total()}
 
 
 def followed(i, settings):
@@ -195,6 +203,30 @@ def gradients(i, settings):
         gradient["k2 in the loss, no KL in the reward"] = (
             expected_gradient(*world_, 0.0) - beta * flat_gradient(logprobs, w.policy, weights))
         for name, g in gradient.items():
+            cosine, length = found.get(name, (0.0, 0.0))
+            found[name] = (cosine + torch.cosine_similarity(g, true, dim=0).item() / 2,
+                           length + (g.norm() / true.norm()).item() / 2)
+    return {f"{name}: {what}": value for name, both in found.items()
+            for what, value in zip(("cosine", "length"), both)}
+
+
+def kl_gradients(i, settings):
+    """The exact expected gradient of each way to charge the KL, alone, at a policy on its way -> cosine with
+    the gradient of KL(pi || pi_ref) and length in units of it. In the reward an estimate is a number that the
+    reply is paid; in the loss it is differentiated as it stands, over replies that were sampled before."""
+    found = {}
+    for w in half_trained(settings["beta"], 1000 + i):
+        logprobs = enumerate_logprobs(w.policy, w.prompt_ids)  # (40, 3)
+        d, prob = logprobs - w.ref_logprobs, logprobs.sum(dim=1).exp()
+        k = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}
+        charges = {f"{kind} in the reward": (prob * each.sum(dim=1).detach()).sum()
+                   for kind, each in k.items()}
+        charges["k2 in the loss, of the reply"] = (prob.detach() * d.sum(dim=1)**2 / 2).sum()
+        charges |= {f"{kind} in the loss, per token": (prob.detach() * k[kind].sum(dim=1)).sum()
+                    for kind in ("k2", "k3", "k1")}
+        true = flat_gradient((prob * d.sum(dim=1)).sum(), w.policy, retain_graph=True)
+        for name, charge in charges.items():
+            g = flat_gradient(charge, w.policy, retain_graph=True)
             cosine, length = found.get(name, (0.0, 0.0))
             found[name] = (cosine + torch.cosine_similarity(g, true, dim=0).item() / 2,
                            length + (g.norm() / true.norm()).item() / 2)

@@ -4,11 +4,17 @@
                KL, on held-out prompts; two arms are compared at the same KL, AT_KL, where the default run
                ends, by interpolation between an arm's own points. An arm that drifts further has more gold,
                whatever else it is.
+    steered    Or the price steers itself towards AT_KL, and an arm is one run in place of three. Where its
+               held-out KL then is, is read off; along the default's mean curve its gold is moved to AT_KL,
+               and compared with that of STEERED, the default steered the same way. A run that ends where the
+               default has no points cannot be compared.
     fresh      Run i has seed 1000 + i, which chose no default, and a preference model of its own: pairs,
-               labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone.
+               labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone. (The
+               steered arms compare optimizers; they all take the shipped preference model.)
     by rule    The difference of two arms, paired over the runs, with its 95 % interval by Student's t. It
-               holds if the whole interval is above zero; the reverse holds if it is below; else it cannot be
-               told with so many runs.
+               holds if the whole interval is above zero; the reverse holds if it is below; if neither, but
+               all of it is nearer to zero than ENOUGH points of gold, there is no difference that matters;
+               else it cannot be told with so many runs. What is so by construction is shown, not tested.
 """
 
 import contextlib
@@ -25,13 +31,15 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from tiny_models.experiments.feedback import (all_answers, function_of, judged_pairs, kind_of, neighbours,
-                                              pooled, preference_folder, spelled)
-from tiny_models.experiments.measurements import aged, best_of_n, estimators, followed, refitted
+from tiny_models.experiments.feedback import (all_answers, few, function_of, judged_pairs, kind_of,
+                                              neighbours, pooled, preference_folder, shipped, spelled)
+from tiny_models.experiments.measurements import (aged, best_of_n, credit, estimators, exact_end, followed,
+                                                  gradients, kl_gradients, refitted)
 from tiny_models.experiments.runs import alarmed, ensemble, ppo, second_round, trained_policy
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
 AT_KL = 3.7  # nats: where the default run ends, the mean of the ten seeds in tiny_models/README.md
+ENOUGH = 0.1  # points of gold
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # 97.5 % quantile, by degrees of freedom
 
 
@@ -48,6 +56,11 @@ class Arm:
     make: Callable = ppo  # makes a run of its number and settings; further arguments fixed by keyword
     first: int = 0  # number of the first run
     results: dict = None  # (beta, i) -> dict of what run i measured; filled in once it is run
+
+    @property
+    def steered(self):
+        """Whether the price steers itself to AT_KL."""
+        return self.settings.get("beta_control") == "batch" and "kl_horizon" in self.settings
 
     def jobs(self):
         return [Job(self.make, {**self.settings, "beta": beta}, i)
@@ -71,7 +84,12 @@ class Arm:
 
     def at_kl(self, name="gold", kl=AT_KL):
         """What a run measures at this KL, between two of its own points; runs that have no points on both
-        sides are left out -> {i: number}."""
+        sides are left out. Of a steered run, which ends near it, what it measures, and gold moved to this KL
+        along the default's curve -> {i: number}."""
+        if self.steered:
+            up = {i: climb(result["kl"], kl) if name == "gold" else 0.0
+                  for (_, i), result in self.results.items()}
+            return {i: result[name] + up[i] for (_, i), result in self.results.items() if up[i] is not None}
         found = {i: interpolate(points, math.sqrt(kl)) for i, points in self.curves(name).items()}
         return {i: value for i, value in found.items() if value is not None}
 
@@ -87,8 +105,28 @@ def interpolate(points, x):
 # What several claims are held against: the default run, the same watched by alarms (its first runs did not
 # count flattery), and best of n of the reference.
 DEFAULT = Arm(runs=6)
+EVERY_PRICE = 0.15, 0.2, 0.3, 0.4, 0.6  # at which the default was run
+CURVE = Arm({}, EVERY_PRICE, 6)
+STEER = {"beta_control": "batch", "kl_target": AT_KL, "kl_horizon": 200.0}  # found on seed 42, in no arm
+STEERED = Arm({**STEER, "preference": shipped}, (0.3,), 6)
 SOUND = Arm({"preference": all_answers}, runs=6, make=alarmed)
 BEST = Arm(betas=(0.3,), runs=6, make=best_of_n)
+
+
+def climb(kl, to):
+    """How much more gold the default run has at one KL than at another, by its mean points at EVERY_PRICE;
+    None outside them."""
+    at = [[(result["kl"], result["gold"]) for (b, _), result in CURVE.results.items() if b == beta]
+          for beta in EVERY_PRICE]
+    points = sorted((math.sqrt(statistics.mean(kl for kl, _ in runs)), statistics.mean(g for _, g in runs))
+                    for runs in at if runs)
+    there, here = interpolate(points, math.sqrt(to)), interpolate(points, math.sqrt(max(kl, 0)))
+    return None if there is None or here is None else there - here
+
+
+def steered(make=ppo, beta=0.3, runs=6, **settings):
+    """An arm whose price steers itself, from beta on."""
+    return Arm({**STEER, "preference": shipped, **settings}, (beta,), runs, make)
 
 
 def without(arms, *labels):
@@ -105,6 +143,8 @@ class Verdict:
 
     compared: str
     differences: list  # one for each run that has both sides
+    enough: float = 0.0  # a difference smaller than this does not matter
+    shown: bool = False  # so by construction, or a number without a claim
 
     @property
     def interval(self):
@@ -130,19 +170,29 @@ class Verdict:
         n = len(self.differences)
         if n < 2:
             return "cannot be told: fewer than two runs with both sides"
+        if self.shown:
+            return "shown, not tested"
         low, high = self.interval
+        if low <= 0 <= high and -self.enough < low and high < self.enough:
+            return f"no difference above {self.enough:g}"
         return "holds" if low > 0 else "the reverse holds" if high < 0 else f"cannot be told with {n} runs"
 
-    def numbers(self):
+    def numbers(self, digits=2):
         if len(self.differences) < 2:
             return "-"
-        mean, (low, high), n = statistics.mean(self.differences), self.interval, len(self.differences)
-        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {n} runs"
+        numbers = (f"{x:+.{digits}f}" for x in (statistics.mean(self.differences), *self.interval))
+        return "{} [{}, {}], {} runs".format(*numbers, len(self.differences))
 
 
-def compare(compared, more, less):
+def compare(compared, more, less, enough=0.0, shown=False):
     """A Verdict on the claim that `more` is above `less`; both {i: number}, paired by run."""
-    return Verdict(compared, [more[i] - less[i] for i in sorted(more.keys() & less.keys())])
+    differences = [more[i] - less[i] for i in sorted(more.keys() & less.keys())]
+    return Verdict(compared, differences, enough, shown)
+
+
+def compare_gold(what, more, less):
+    """The same of two arms' gold at the same KL."""
+    return compare(f"gold at {AT_KL} nats, {what}", more.at_kl(), less.at_kl(), ENOUGH)
 
 
 # %% Runs, each a line of results.jsonl
@@ -193,9 +243,14 @@ def work(job):
 def stages(jobs):
     """What the jobs need first, as calls, so that each thing is made once and by one process -> [(name, list
     of (function, arguments))]: pairs and labels, preference models without a flaw, the others, policies."""
-    pairs, models, policies = set(), {}, set()  # models: (i, name of the labels) -> function of the labels
+    pairs, models, alone, policies = set(), {}, {}, set()  # models: (i, name of labels) -> function of labels
     for job in jobs:
         i, made, labels = job.i, function_of(job.make), job.settings.get("preference", all_answers)
+        if labels is shipped or made in (exact_end, credit, gradients, kl_gradients):  # need no feedback
+            continue
+        if function_of(labels) is few:
+            alone[i, kind_of(labels)] = labels
+            continue
         members = neighbours(i) if made in (ensemble, alarmed) else [i]
         models |= {(k, kind_of(labels)): labels for k in members}
         pairs |= set(members)
@@ -208,7 +263,7 @@ def stages(jobs):
     return [("labels", [(judged_pairs, i) for i in sorted(pairs)]),
             ("preference models", [(preference_folder, i) for i in sorted({i for i, _ in models})]),
             ("other preference models", [(preference_folder, i, models[i, kind])
-                                         for i, kind in sorted(models)]),
+                                         for models in (models, alone) for i, kind in sorted(models)]),
             ("policies", [(trained_policy, *policy) for policy in sorted(policies)])]
 
 

@@ -21,6 +21,7 @@ from tiny_models.experiments.feedback import (KEPT, all_answers, answers_of, ave
 
 SEEN = ("gold", "KL", "score", "entropy", "length", "distinct", "committee", "judge", "agreement")
 LOOK_EVERY = 5  # iterations
+LATE = 20  # batches at the end, whose KL says where a run was held
 
 
 # %% What every run has in common
@@ -68,9 +69,11 @@ def measure(run):
 
 
 def history_of(history):
-    """What the training itself showed: the explained variance over the second half of it."""
+    """What the training itself showed: the explained variance over the second half of it, and the mean KL and
+    the price of its last batches."""
     late = history[len(history) // 2:]
-    return {"explained_variance": statistics.mean(m["explained_variance"] for m in late)}
+    return {"explained_variance": statistics.mean(m["explained_variance"] for m in late),
+            "late_kl": statistics.mean(m["kl"] for m in history[-LATE:]), "last_beta": history[-1]["beta"]}
 
 
 def seconds_of(model):
@@ -159,6 +162,52 @@ def kl_in_loss(i, settings):
         r = rlaif.roll_out(run)
         r.whitened = r.whitened - settings["beta"] * r.kl
         history.append(rlaif.update(run, r))
+    return {**measure(run), **history_of(history)}
+
+
+def in_the_loss(i, settings, kind):
+    """No price in the reward; in place of it `update`'s penalty, with a gradient of its own: the price times
+    k2 or k3 of each token, or "k2 of the reply", half the square of its whole log-ratio, on its last token;
+    "centred", the batch's mean is taken from the log-ratio first, a baseline, as the advantages have one."""
+    run, history = prepared(i, settings), []
+    while run.iteration < run.config.iterations:
+        price, run.beta = run.beta, 0.0
+        r, run.beta = rlaif.roll_out(run), price
+
+        def penalty(logprobs, rows):
+            if kind in ("k2", "k3"):
+                return price * rlaif.kl_estimate(logprobs, r.ref_logprobs[rows], kind)
+            mask = r.mask[rows]
+            d = torch.where(mask, logprobs - r.ref_logprobs[rows], 0.0).sum(dim=1, keepdim=True)
+            if kind == "k2 of the reply, centred":
+                d = d - torch.where(r.mask, r.kl, 0.0).sum(dim=1).mean()
+            last = torch.arange(mask.shape[1]) == mask.sum(dim=1, keepdim=True) - 1
+            return torch.where(last, price * d.square() / 2, 0.0)
+        history.append(rlaif.update(run, r, penalty))
+    return {**measure(run), **history_of(history)}
+
+
+def critic_free(i, settings, how, k=4):
+    """No critic: what is expected of a reply is what the k replies to its prompt got, as many replies a batch
+    as ever. "mean": less the others' mean (RLOO), whitened as PPO's advantages are; "std": less the group's
+    mean, by its std; "grpo": so too, but the scores alone, and k3 of each token in the loss."""
+    run, history = prepared(i, {**settings, "value_coef": 0.0}), []
+    while run.iteration < run.config.iterations:
+        with run.own_random():
+            drawn = rlaif.balanced_draw(len(run.prompts), run.config.batch_size // k)
+        r = rlaif.roll_out(run, [run.prompts[j] for j in drawn for _ in range(k)])
+        total, price = r.scores if how == "grpo" else r.rewards.sum(dim=1), run.beta  # (B,)
+        group = total.view(-1, k)
+        advantage = group - group.mean(dim=1, keepdim=True)
+        if how == "mean":  # less the others' mean it is k / (k - 1) times this, and whitened the same
+            r.whitened = rlaif.whiten(advantage.view(-1, 1).expand(r.mask.shape), r.mask)
+        else:
+            advantage = advantage / (group.std(dim=1, keepdim=True) + 1e-4)
+            r.whitened = advantage.view(-1, 1).expand(r.mask.shape)
+
+        def penalty(logprobs, rows):
+            return price * rlaif.kl_estimate(logprobs, r.ref_logprobs[rows], "k3")
+        history.append(rlaif.update(run, r, penalty if how == "grpo" else None))
     return {**measure(run), **history_of(history)}
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlaif import preference_loss
 from tiny_models import build
-from tiny_models.experiments import alarms, feedback, measurements, protocol, runs
+from tiny_models.experiments import alarms, feedback, forest, measurements, protocol, runs, second_look
 
 settings.register_profile("few", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("few")
@@ -91,6 +91,9 @@ def test_what_a_run_needs_is_made_before_it_and_once():
     jobs = [protocol.Job(partial(runs.ensemble, how="mean"), {"beta": 0.3, "preference": careless}, 5),
             protocol.Job(measurements.aged, {"beta": 0.15}, 2),
             protocol.Job(runs.ppo, {"beta": 1.0, "preference": pooled}, 2)]
+    no_feedback = [protocol.Job(measurements.kl_gradients, {"beta": 0.5}, 4),
+                   protocol.Job(runs.ppo, {"beta": 0.3, "preference": feedback.shipped}, 4)]
+    assert not any(calls for _, calls in protocol.stages(no_feedback)), "these need no labels"
     assert [job.line() for job in jobs] == [
         {"how": ["ensemble", "mean"], "settings": {"beta": 0.3, "preference": "flawed careless 8"}, "i": 5},
         {"how": ["aged"], "settings": {"beta": 0.15}, "i": 2},
@@ -113,3 +116,82 @@ def test_an_alarm_is_as_loud_as_what_it_watches_has_moved():
     assert levels.keys() == expected.keys()
     for name, values in expected.items():
         close(torch.tensor(levels[name]), torch.tensor(values, dtype=torch.float32), name, atol=1e-6)
+
+
+@pytest.mark.parametrize("n,t,p", [(3, 4.303, 0.05), (3, 9.925, 0.01), (4, 3.182, 0.05), (5, 2.776, 0.05),
+                                   (6, 2.571, 0.05), (6, 4.032, 0.01), (6, 0.0, 1.0)])
+def test_a_p_value_is_the_one_of_the_tables_of_students_t(n, t, p):
+    spread = torch.linspace(-1, 1, n, dtype=torch.float64)
+    mean = t * spread.std() / n ** 0.5
+    close(protocol.Verdict("", (spread + mean).tolist()).p_value, p, f"t {t} of {n} runs", atol=2e-4)
+
+
+def test_a_verdict_may_be_that_nothing_matters_or_that_it_was_only_shown():
+    near, far, apart = [0.01, -0.02, 0.02, 0.0], [0.2, -0.3, 0.1, 0.0], [0.05, 0.06, 0.05, 0.06]
+    lower = [-0.25, 0.0, -0.1, -0.1]
+    says = [str(protocol.Verdict("", differences, 0.1)) for differences in (near, far, lower, apart)]
+    assert says == ["no difference above 0.1", *["cannot be told with 4 runs"] * 2, "holds"]
+    assert str(protocol.Verdict("", near)) == "cannot be told with 4 runs"
+    assert str(protocol.Verdict("", apart, shown=True)) == "shown, not tested"
+
+
+def test_holms_correction_asks_most_of_the_smallest_p_value():
+    def verdict(t):  # of three runs: t 4.303 has p 0.05, 9.925 has 0.01, 14.09 has 0.005, 99.9 has 0.0001
+        return protocol.Verdict("", [t / 3 ** 0.5 + d for d in (-1.0, 0.0, 1.0)])
+    three = {"weak": verdict(4.5), "middle": verdict(7.7), "strong": verdict(99.9)}  # 0.046, 0.016, 0.0001
+    assert second_look.several(three) == ("Of 3 intervals 3 keep clear of zero with Holm's correction for "
+                                          "their number: `strong`, `middle`, `weak`.")
+    three["middle"] = verdict(6.0)  # 0.027 is above 0.05 / 2, and what is weaker fails with it
+    assert "3 intervals 1 keep" in second_look.several(three)
+    three["shown"] = protocol.Verdict("", [1.0, 1.0, 1.1], shown=True)
+    assert "Of 3 intervals" in second_look.several(three), "what was only shown is not counted"
+
+
+def test_an_arm_stands_beside_the_default_at_its_own_kl(monkeypatch):
+    def arm(gold_of, *kls, **more):
+        made = protocol.Arm(betas=tuple(range(len(kls))), runs=3, **more)
+        made.results = {(k, i): {"kl": kl, "gold": gold_of(kl) + i} for k, kl in enumerate(kls)
+                        for i in range(3)}
+        return made
+    default = arm(lambda kl: kl ** 0.5, 1.0, 3.0, 4.0, 6.0)  # a straight line over the root of the KL
+    better = arm(lambda kl: kl ** 0.5 + 0.2, 1.0, 4.0)
+    monkeypatch.setattr(forest, "DEFAULT", default)
+    monkeypatch.setattr(forest, "ARMS", {"better": ("claim", "label")})
+    one = protocol.Verdict("", [1.0, 1.0, 1.2])
+    found = forest.beside_default({"claim": {"label": better}}, default, {"stop": one, "best_of_n": one})
+    kl, less, by_line = found["better"]
+    assert kl == [4.0] * 3
+    close(less.differences, [0.2] * 3, "gold less the default's at 4 nats")
+    close(by_line.differences, [0.2] * 3, "on a straight line it is the same")
+    close(found["no price, stopped at 3.7 nats"][1].differences, [-1.0, -1.0, -1.2], "the other way round")
+
+
+def test_a_steered_runs_gold_is_moved_along_the_defaults_curve(monkeypatch):
+    curve = protocol.Arm({}, protocol.EVERY_PRICE, 2)
+    curve.results = {(beta, i): {"kl": kl, "gold": 2 * kl ** 0.5 + i}
+                     for beta, kl in zip(protocol.EVERY_PRICE, (6.0, 5.0, 3.7, 3.0, 1.0)) for i in range(2)}
+    monkeypatch.setattr(protocol, "CURVE", curve)
+    arm = protocol.steered(runs=2)
+    assert arm.steered and not protocol.DEFAULT.steered
+    arm.results = {(0.3, i): {"kl": 3.0, "gold": 1.0 + i, "length": 17.0} for i in range(2)}
+    up = 2 * (3.7 ** 0.5 - 3 ** 0.5)
+    close(list(arm.at_kl().values()), [1 + up, 2 + up], "moved")
+    assert arm.at_kl("length") == {0: 17.0, 1: 17.0}, "only gold is moved"
+
+
+def test_stopping_by_a_rule_keeps_the_gold_of_that_look():
+    falls = [[2.0, 5.0, 1.0, 0.5, 15.0, 0.9, 0.1, 0.6, 0.7], [1.0, 10.0, 1.2, 0.5, 15.0, 0.9, 0.5, 0.6, 0.7],
+             [0.0, 20.0, 1.4, 0.5, 15.0, 0.9, 0.9, 0.6, 0.7]]
+    honest = [[1.0, 3.0, 1.0, 0.5, 15.0, 0.9, 0.2, 0.6, 0.7]] * 2
+
+    def arm(looks):
+        made = protocol.Arm()
+        made.results = {(0.0, i): {"looks": looks} for i in range(2)}
+        return made
+    arms_ = {"no flaw": arm(falls), "sound": arm(honest), "trained on gold": arm(honest),
+             **{flaw: arm(falls) for flaw in alarms.FLAWS}}
+    table = [row.strip("| ").split(" | ") for row in second_look.stops(arms_).splitlines()]
+    rows = {name: row for name, *row in table}
+    assert rows["the highest gold, which nobody knows"][0] == "2.00 ± 0.00"
+    assert rows["KL above 9 nats"][0] == "1.00 ± 0.00" and rows["KL above 9 nats"][2] == "0 of 2"
+    assert rows["a look at random"][0] == "1.00 ± 0.00"
