@@ -873,7 +873,7 @@ def update_beta(beta, kl, target, horizon, n):
 # stretch the scores. So scores are whitened, and beta means the same for any: how many stds of the score one
 # nat of drift costs. What it buys: the best policy of all is pi_ref(y|x) exp(s(x, y) / beta), normalised, so
 # a reply one std better becomes exp(1 / beta) times as likely. The std is *this* batch's. As replies become
-# alike it falls (in the default run from 1.1 to 0.4 points), and with it a nat's price, beta * std points.
+# alike it falls (in the default run from 1.1 to 0.3 points), and with it a nat's price, beta * std points.
 
 
 def masked_mean(x, mask):

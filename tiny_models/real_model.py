@@ -169,8 +169,8 @@ def report(results):
             if len(gains) == 3:  # 4.303: Student's t with two degrees of freedom, for 95 %
                 half = 4.303 * statistics.stdev(gains) / 3 ** 0.5
                 print(f"price {beta}: {name} gains {statistics.mean(gains):.2f} +- {half:.2f}")
-    priced, free = (results[beta, SEEDS[0]] for beta in PRICES)
-    for i in (0, 13, 26):
+    priced, free = (results[beta, SEEDS[-1]] for beta in PRICES)
+    for i in (12, 17, 22):
         print(f"\nUser: {priced['before'][1][i]['prompt']}")
         for name, result in (("before", priced["before"]), ("a price", priced["after"]),
                              ("no price", free["after"])):
