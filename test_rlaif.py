@@ -818,8 +818,8 @@ def test_shape_rewards_puts_the_score_on_the_last_token_and_the_price_of_kl_wher
         with nowhere():
             found = shape_rewards(scores, kl, batch.mask, beta, level)
         expected = last * scores.cpu()[:, None] - beta * price[level]
-        close(found, expected, f"{level}: the score belongs on the last real token, the EOS, and -beta * KL "
-              "on each or, of a response or the batch, on the last: sign, or padding?")
+        close(found, expected, f"{level}: the score belongs on the last real token. Of -beta * KL each token "
+              "has its own; or the last one the response's sum, or these sums' mean. Sign, or padding?")
         close(found.sum(), scores.sum() - beta * own.sum(), f"{level}: all get score - beta * KL together")
     close(shape_rewards(scores, kl, batch.mask, beta).sum(dim=1), scores.cpu() - beta * own[:, 0],
           "by default each token pays, and a response gets score - beta * KL")
@@ -899,7 +899,7 @@ def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_r
         gradient[b, t] = 0.0 if out else -A * rho / batch.n
     close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, "
           "min for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
-    close(logprobs.grad, gradient, "the gradient is -A rho / n, and 0 beyond the clip on the side that gains")
+    close(logprobs.grad, gradient, "the gradient is -A rho / n, 0 past the clip where it gains, and 0 at padding")
     close(fraction, cut / batch.n, "it counts the tokens whose clipped side is the larger", atol=1e-6)
     unclipped, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
     close(unclipped, plain / batch.n, "clip=inf is the plain surrogate")
@@ -947,7 +947,7 @@ def small_world():
                                  values=values, exact=objective_gradient(*model, scores, BETA))
 
 
-@pytest.mark.parametrize("how", ["token", "sequence", "batch", "k2", "k3", "whitened"])
+@pytest.mark.parametrize("how", ["token", "sequence", "batch", "k2", "k3", "scaled"])
 def test_the_expected_gradient_is_what_calculus_says_whatever_the_values(small_world, how):
     """Paid by the token or at the end, KL leaves that of E[score] - beta * KL. In a batch of two a response
     pays for half of its own KL and for nothing else; a k2 or k3 in the reward is not the KL; with scores of
@@ -955,7 +955,7 @@ def test_the_expected_gradient_is_what_calculus_says_whatever_the_values(small_w
     w = small_world
     given, price, kind, divisor = {
         "batch": ({"level": "batch"}, BETA / 2, "k1", 1), "k2": ({"kind": "k2"}, BETA, "k2", 1),
-        "k3": ({"kind": "k3"}, BETA, "k3", 1), "whitened": ({"whitened": True}, BETA * w.std, "k1", w.std),
+        "k3": ({"kind": "k3"}, BETA, "k3", 1), "scaled": ({"whitened": True}, BETA * w.std, "k1", w.std),
     }.get(how, ({"level": how}, BETA, "k1", 1))
     for values in (w.values, None):
         found = expected_gradient(*w.model, w.scores, BETA, values=values, **given)

@@ -22,11 +22,14 @@ def dense():
     """An AI reward can be had for every prefix, and dense feedback helps.
 
     Decides: gold at the same KL, dense less terminal, the dense one of a preference model fitted to prefixes
-    too. Until a first look it was a model that had never seen a prefix.
+    too. Until a first look it was a model that had never seen a prefix. At λ 1 a dense score can change the
+    variance alone, so both are there at λ 0.95 too, steered, with the model fitted to prefixes.
     """
     every_prefix = {"dense_reward": True}
     arms = yield {"terminal": DEFAULT, "dense": Arm(every_prefix, runs=6),
-                  "dense, fitted to prefixes": Arm({**every_prefix, "preference": cut_off})}
+                  "dense, fitted to prefixes": Arm({**every_prefix, "preference": cut_off}),
+                  "terminal, λ 0.95": steered(runs=3, preference=cut_off, lam=0.95),
+                  "dense, λ 0.95": steered(runs=3, preference=cut_off, lam=0.95, **every_prefix)}
     return compare_gold("dense, fitted to prefixes, less terminal", arms["dense, fitted to prefixes"],
                         arms["terminal"]), frontier_table(arms)
 
