@@ -899,7 +899,7 @@ def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_r
         gradient[b, t] = 0.0 if out else -A * rho / batch.n
     close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, "
           "min for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
-    close(logprobs.grad, gradient, "the gradient is -A rho / n, 0 past the clip where it gains, and 0 at padding")
+    close(logprobs.grad, gradient, "the gradient is -A rho / n, 0 past the clip if it gains, and 0 at padding")
     close(fraction, cut / batch.n, "it counts the tokens whose clipped side is the larger", atol=1e-6)
     unclipped, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
     close(unclipped, plain / batch.n, "clip=inf is the plain surrogate")
