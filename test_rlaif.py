@@ -475,7 +475,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
         config.preference_epochs, config.preference_learning_rate, 0.01]
 
 
-def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_own_pairs(monkeypatch, capsys, recwarn):
+def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_pairs(monkeypatch, capsys, recwarn):
     w = uneven_world(pairs=302, preference_epochs=6, micro_batch_size=5)
     drawn, asked, rates, respond = [], [], [], rlaif.respond
     read, loss = [], rlaif.preference_loss
@@ -900,7 +900,7 @@ def test_policy_loss_clipping_only_raises_it_and_cuts_the_gradient_outside_its_r
         gradient[b, t] = 0.0 if out else -A * rho / batch.n
     close(loss, clipped / batch.n, "not the mean of max(-A rho, -A clip(rho)) over the real tokens: sign, "
           "min for max, ratio upside down, rows averaged first, or padding multiplied by 0?")
-    close(logprobs.grad, gradient, "the gradient is -A rho / n, 0 past the clip if it gains, and 0 at padding")
+    close(logprobs.grad, gradient, "the gradient is -A rho / n, and 0 at padding or past the clip that gains")
     close(fraction, cut / batch.n, "it counts the tokens whose clipped side is the larger", atol=1e-6)
     unclipped, none_cut = policy_loss(logprobs, old, advantages, batch.mask, math.inf)
     close(unclipped, plain / batch.n, "clip=inf is the plain surrogate")
