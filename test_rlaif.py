@@ -475,7 +475,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
         config.preference_epochs, config.preference_learning_rate, 0.01]
 
 
-def test_a_preference_model_is_fitted_to_what_the_judge_said_of_the_policys_pairs(monkeypatch, capsys, recwarn):
+def test_a_preference_model_is_fitted_to_what_the_judge_said_of_its_pairs(monkeypatch, capsys, recwarn):
     w = uneven_world(pairs=302, preference_epochs=6, micro_batch_size=5)
     drawn, asked, rates, respond = [], [], [], rlaif.respond
     read, loss = [], rlaif.preference_loss
