@@ -116,7 +116,7 @@ def settings(source, **others):
 
 
 def try_a_fit(source, n=256):
-    """What a preference model learns from n pairs, labelled by the score: the rate that README names."""
+    """What a preference model learns from n pairs, labelled by the score: of them, and of those held out."""
     run = rlaif.prepare(settings(source), sentiment)
     score, a, b, odds = manner_score(run.policy, run.tokenizer), [], [], []
     prompts = (run.prompts * 2)[:n]
@@ -163,12 +163,12 @@ def report(results):
         print(f"price {beta}, seed {seed}       {pairs:>29} {after['kl']:9.2f} "
               f"{before['eos_fraction']:5.0%} -> {after['eos_fraction']:3.0%}")
     for beta in PRICES:
-        for name in ("score", "gold"):
+        for name, shown in (("score", "score"), ("gold", "truth")):
             gains = [result["after"][0][name] - result["before"][0][name]
                      for (price, _), result in results.items() if price == beta]
             if len(gains) == 3:  # 4.303: Student's t with two degrees of freedom, for 95 %
                 half = 4.303 * statistics.stdev(gains) / 3 ** 0.5
-                print(f"price {beta}: {name} gains {statistics.mean(gains):.2f} +- {half:.2f}")
+                print(f"price {beta}: {shown} gains {statistics.mean(gains):.2f} +- {half:.2f}")
     priced, free = (results[beta, SEEDS[-1]] for beta in PRICES)
     for i in (12, 17, 22):
         print(f"\nUser: {priced['before'][1][i]['prompt']}")
