@@ -1410,9 +1410,9 @@ def test_a_score_that_cannot_be_read_token_by_token_is_refused_where_that_is_nee
         toy_run(tmp_path, score, **setting)
 
 
-@pytest.mark.parametrize("off", [0.01, -0.01])
-def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path, off):
-    run = toy_run(tmp_path, iterations=1, stop_kl=1e-9)
+@pytest.mark.parametrize("off,dtype", [(0.01, "float32"), (-0.01, "float32"), (-0.08, "bfloat16")])
+def test_a_policy_that_is_not_the_one_that_sampled_is_loudly_reported(tmp_path, off, dtype):
+    run = toy_run(tmp_path, iterations=1, stop_kl=1e-9, dtype=dtype)
     rollout = rlaif.roll_out(run)
     rollout.logprobs += off  # then all ratios are on one side of 1
     with pytest.warns(UserWarning, match="iteration 1: the ratio is off 1"):
