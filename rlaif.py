@@ -1393,7 +1393,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         r = respond(policy, tokenizer, (run.prompts * 16)[:16], config)
     ended = r.ended.float().mean().item()
     if ended < 0.5 and r.may_end and config.missing_eos_score != math.inf:
-        warnings.warn(f"{ended:.0%} of 16 replies end in {config.max_new_tokens} tokens, the scores of the "
+        warnings.warn(f"{ended:.0%} of 16 replies end in {config.max_new_tokens} tokens; the scores of the "
                       "others do not count: raise max_new_tokens or set missing_eos_score inf", stacklevel=3)
     begin(run, judge)
     return run
