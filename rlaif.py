@@ -103,6 +103,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch import nn
 from torch.nn.functional import linear, logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           HfArgumentParser, logging as transformers_logging)
@@ -452,13 +453,12 @@ def ask_judge(judge, tokenizer, questions, chunk=256):
     answer_ids = torch.tensor([(a[i], b[i]) for a, b, i in zip(with_a, with_b, differ)], device=judge.device)
     logprobs = torch.empty(len(rows), 2, device="cpu")
     head = judge.get_output_embeddings()  # in bfloat16 it would round the answers' log-odds to eighths
-    hook = head.register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
-    for picked in chunks_of_like_length(rows, chunk):
-        ids, mask = pad([rows[i] for i in picked], "left", judge)  # (n, L)
-        logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                       logits_to_keep=1).logits[:, -1].float()  # (n, V)
-        logprobs[picked] = logits.log_softmax(dim=1).gather(1, answer_ids[picked]).cpu()
-    hook.remove()
+    with head.register_forward_hook(lambda head, read, _: apply_head(head, read[0])):
+        for picked in chunks_of_like_length(rows, chunk):
+            ids, mask = pad([rows[i] for i in picked], "left", judge)  # (n, L)
+            logits = judge(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                           use_cache=False, logits_to_keep=1).logits[:, -1].float()  # (n, V)
+            logprobs[picked] = logits.log_softmax(dim=1).gather(1, answer_ids[picked]).cpu()
     return logprobs
 
 
@@ -545,10 +545,8 @@ class PreferenceModel:
         torch.clear_autocast_cache()  # it may hold bfloat16 weights from before the last step
         if not hasattr(self.model, "score"):  # this model finds the last real token by itself
             heads = [x for x in self.model.modules() if isinstance(x, nn.Linear) and x.out_features == 1]
-            hook = heads[-1].register_forward_hook(lambda head, read, _: apply_head(head, read[0]))
-            scores = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-            hook.remove()
-            return scores
+            with heads[-1].register_forward_hook(lambda head, read, _: apply_head(head, read[0])):
+                return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask,
                                        use_cache=False).last_hidden_state  # (N, L, D)
         last = mask.sum(dim=1) - 1  # (N,)
@@ -723,11 +721,8 @@ def response_logits(policy, input_ids, attention_mask, tokens, mask, value=None)
     """
     T, inputs, read = tokens.shape[1], model_inputs(input_ids, attention_mask, tokens, mask), []
     head = policy.get_output_embeddings()  # what it reads, (B, T + 1, D), is what the trunk gives
-    hook = head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
-    try:
+    with head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0])):
         logits = policy(**inputs, logits_to_keep=T + 1).logits
-    finally:
-        hook.remove()
     frame = slice(-T - 1, -1)  # the prompt's last token speaks of y_0, the reply's last one of no token
     if value is None:
         return logits[:, frame], None
@@ -1055,14 +1050,12 @@ def tokenize(tokenizer, texts, add_special_tokens=True):
 def pad(rows, side, model, fill=0):
     """Lists of token ids -> ids and attention mask, (N, L) each, the mask made from the lengths, where the
     model is. Raises ValueError for a row that is longer than the model's context."""
-    width = max(len(row) for row in rows)
-    if width > context_of(model):
-        raise ValueError(f"a text of {width} tokens is longer than the context of the "
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(rows, True, fill, side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    if ids.shape[1] > context_of(model):
+        raise ValueError(f"a text of {ids.shape[1]} tokens is longer than the context of the "
                          f"{type(model).__name__}, {context_of(model)}")
-    ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        real = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, real], mask[i, real] = torch.tensor(row, dtype=torch.long), 1
     return ids.to(model.device), mask.to(model.device)
 
 

@@ -301,6 +301,8 @@ STEPS = ("generate", "steps 5 to 8", "evaluate", "update", "fit", "judge")
 def memory():
     """What each step adds to a process at batches of 8 and 64, in passes of 4 rows; then, by arithmetic from
     it, what fits a GPU."""
+    # Or the allocator keeps large blocks that were freed, in some processes and not in others: up to 50 MB.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     head("megabytes that a step adds, the median of three", *STEPS)
     for batch in (8, 64):
         added = {step: statistics.median(in_own_process(added_memory, step, batch)[0] for _ in range(3))

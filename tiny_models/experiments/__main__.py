@@ -26,8 +26,8 @@ from tiny_models.experiments.second_look import second_look
 README = pathlib.Path(__file__).parent / "README.md"
 EXPERIMENTS = {claim.__name__: claim for claim in (
     beta, stop, best_of_n, alarms, reference, kl_level, estimator, loss, exact, whitening, value, critic, gae,
-    clip, labels, direct, dense, principles, hard, stale, renewal, flaws, position, length, flattery,
-    careless, blind)}
+    clip, labels, direct, dense, principles, stale, renewal, flaws, position, length, flattery, careless,
+    blind, hard)}
 
 
 def plan(names, quick):
@@ -93,15 +93,15 @@ def report(begun, done, only, quick):
     readme, rows, verdicts = README.read_text(encoding="utf-8"), [], {}
     for name, (generator, arms) in begun.items():
         verdict, text = conclude(generator, arms, done)
-        claim = EXPERIMENTS[name].__doc__.splitlines()[0]
+        claim, link = EXPERIMENTS[name].__doc__.splitlines()[0], name if text else "flaws"  # all in its table
         if not quick and not verdict.differences:
-            readme = write_between(readme, name, "Not run yet.")
+            readme = write_between(readme, name, "Not run yet.") if text else readme
             continue
         verdicts[name] = verdict
-        rows.append([f"[`{name}`](#{name}) {claim}", f"**{verdict}**",
+        rows.append([f"[`{name}`](#{link}) {claim}", f"**{verdict}**",
                      f"{verdict.compared}: {verdict.numbers()}"])
         print(f"\n{claim}\n{verdict}: {verdict.compared}: {verdict.numbers()}\n\n{text}")
-        readme = write_between(readme, name, text)
+        readme = write_between(readme, name, text) if text else readme
     if quick:
         print("\nOne run of eight iterations an arm: this shows that everything runs, and proves nothing.")
         return

@@ -183,6 +183,11 @@ def flawed(i, flaw, strength, remedy=""):
     return pairs, bend(torch.tensor(pairs.pop("answers")), pairs, flaw, strength, remedy)
 
 
+def planted(i, flaw, strength, remedy=""):
+    """The same labels, for a preference model that is fitted to them from nothing."""
+    return flawed(i, flaw, strength, remedy)
+
+
 def pooled(i, flaw, strength):
     """All the pairs that the three models of a committee were fitted to, with the same labels."""
     parts = [flawed(k, flaw, strength) for k in neighbours(i)]

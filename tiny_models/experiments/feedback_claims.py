@@ -4,15 +4,15 @@ Every claim is one function that can be read alone: the claim, what decides, the
 tables. It yields its arms, is given them back with the results of their runs, and returns Verdict and tables.
 """
 
-import math
+import statistics
 from functools import partial
 
 from tiny_models import world
-from tiny_models.experiments.feedback import all_answers, cut_off, drawn, few, flawed, pooled, share
-from tiny_models.experiments.measurements import aged, followed, refitted, taught
-from tiny_models.experiments.protocol import (AT_KL, DEFAULT, SOUND, STEERED, Arm, compare,
-                                              compare_gold, steered, without)
-from tiny_models.experiments.runs import ensemble, judged_directly, levelled, ppo, renewed, told, watched
+from tiny_models.experiments.feedback import all_answers, cut_off, drawn, few, planted, pooled, share
+from tiny_models.experiments.measurements import aged, followed, refitted, spoiled, taught
+from tiny_models.experiments.protocol import (AT_KL, DEFAULT, STEERED, Arm, compare, compare_gold, steered,
+                                              without)
+from tiny_models.experiments.runs import ensemble, judged_directly, levelled, renewed, told, watched
 from tiny_models.experiments.tables import draw, frontier_table, markdown, mean_and_std
 
 # %% How to ask
@@ -78,8 +78,8 @@ def labels():
     steered. Each preference model passes 12 times over its pairs.
     """
     arms = yield {"4,096 pairs, shipped": STEERED,
-                  **{f"{n:,} pairs": steered(taught, runs=3, preference=partial(few, n=n))
-                     for n in (512, 1024)}}
+                  **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n))
+                     for n in (512, 1024, 2048)}}
     own = without(arms, "4,096 pairs, shipped")
     text = frontier_table(arms)
     text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
@@ -133,17 +133,58 @@ def renewal():
 # %% A judge's flaws: each of its answers is bent in log-odds, see `bend` in feedback.py
 
 
-def bent(flaw, strength, runs=3, make=ppo, **remedy):
-    """PPO on a preference model fitted to the labels of a judge with a flaw."""
-    return Arm({"preference": partial(flawed, flaw=flaw, strength=strength, **remedy)}, runs=runs, make=make)
+def judge_that(flaw, strength, runs=6, make=spoiled, labels=planted, **remedy):
+    """PPO on a preference model that was fitted, from nothing, to the labels of a judge with a flaw."""
+    return steered(make, runs=runs, preference=partial(labels, flaw=flaw, strength=strength, **remedy))
 
 
-def flaw_report(name, arms, title, drawn, shown="gold", label="gold", top=math.inf):
-    """The picture, of some arms, {label: what an outsider would call it}, and the table of a planted flaw, by
-    the measured number that shows it."""
-    curves = {called: arms[arm].curves(shown) for arm, called in drawn.items()}
-    draw(name, curves, title, ylabel=label, top=top)
-    return frontier_table(arms, **{label: shown})
+JUDGES = {
+    "sound": steered(spoiled, preference=all_answers),
+    "prefers the first, 3 nats": judge_that("position", 3),
+    "the same, asked in both orders": judge_that("position", 3, remedy="both"),
+    "prefers the first, 1 nat": judge_that("position", 1, 3),
+    "likes long replies, 0.6 nats a word": judge_that("length", 0.6),
+    "the same, length taken out of the score": judge_that("length", 0.6, 3, levelled),
+    "likes long replies, 0.2 nats a word": judge_that("length", 0.2, 3),
+    "likes flattery, 4 nats": judge_that("flattery", 4),
+    "likes flattery, 2 nats": judge_that("flattery", 2, 3),
+    "the same, a principle against it": judge_that("flattery", 2, 3, remedy="principle"),
+    "noisy, std 8": judge_that("careless", 8),
+    "the same, three times the pairs": judge_that("careless", 8, labels=pooled),
+    "the same, mean of three models": judge_that("careless", 8, make=partial(ensemble, how="mean")),
+    "the same, minimum of three": judge_that("careless", 8, make=partial(ensemble, how="minimum")),
+    "noisy, std 4": judge_that("careless", 4, 3),
+    "guesses about harm": judge_that("blind", 1),
+    "guesses about half of it": judge_that("blind", 0.5, 3),
+    "hard labels": judge_that("hard", 1)}
+
+
+def flaws():
+    """A flaw that is the same every time harms the policy more than noise that spoils more of the labels.
+
+    Decides: gold at the same KL, with noise of std 8 on the log-odds of each answer, less with 0.6 nats for
+    each word more.
+    """
+    arms = yield JUDGES
+    rows, points, sound = [], {}, arms["sound"].at_kl()
+    for label, arm in arms.items():
+        gold, found = arm.at_kl(), list(arm.results.values())
+        if not gold:
+            continue
+        less = compare("", gold, sound).numbers() if label != "sound" else "-"
+        seen = [mean_and_std([run[name] for run in found]) if name in found[0] else "-"
+                for name in ("labels", "model", "kl", "length", "flattering", "harmful")]
+        rows.append([label, *seen[:3], mean_and_std(gold.values()), less, *seen[3:]])
+        if "labels" in found[0]:
+            points[label] = {0: [(statistics.mean(run["labels"] for run in found),
+                                  statistics.mean(gold.values()))]}
+    draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",
+         "share of the judge's labels that agree with the truth", f"truth of the policy at {AT_KL} nats",
+         at_kl=False)
+    return compare_gold("noisy less likes long replies", arms["noisy, std 8"],
+                        arms["likes long replies, 0.6 nats a word"]), markdown(
+        ["judge", "labels agree with gold", "model agrees", "KL", f"gold at {AT_KL} nats",
+         "less a sound judge's", "tokens", "flatter", "harmful"], rows)
 
 
 def position():
@@ -151,13 +192,9 @@ def position():
 
     Decides: gold at the same KL, both orders less one, with 3 nats of log-odds for the first reply.
     """
-    arms = yield {"no flaw": DEFAULT, "1, one order": bent("position", 1),
-                  "3, one order": bent("position", 3, runs=6),
-                  "3, both orders": bent("position", 3, runs=6, remedy="both")}
-    verdict = compare_gold("both orders less one", arms["3, both orders"], arms["3, one order"])
-    return verdict, flaw_report(
-        "position", arms, "A judge that prefers what stands first costs truth, unless it is asked both ways",
-        {"no flaw": "sound judge", "3, one order": "asked in one order", "3, both orders": "asked in both"})
+    arms = yield JUDGES
+    return compare_gold("both orders less one", arms["the same, asked in both orders"],
+                        arms["prefers the first, 3 nats"]), ""
 
 
 def length():
@@ -165,15 +202,10 @@ def length():
 
     Decides: tokens of a reply at the same KL, with 0.6 nats of log-odds for a word more, less without.
     """
-    arms = yield {"no flaw": DEFAULT, "0.2 a word": bent("length", 0.2),
-                  "0.6 a word": bent("length", 0.6, runs=6),
-                  "0.6, taken out of the score": bent("length", 0.6, make=levelled)}
-    verdict = compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
-                      arms["0.6 a word"].at_kl("length"), arms["no flaw"].at_kl("length"))
-    return verdict, flaw_report(
-        "length", arms, "A judge that likes long replies gets them, unless length is taken out of the score",
-        {"no flaw": "sound judge", "0.6 a word": "likes long replies",
-         "0.6, taken out of the score": "length taken out"}, "length", "tokens")
+    arms = yield JUDGES
+    return compare(f"tokens of a reply at {AT_KL} nats, flawed less sound",
+                   arms["likes long replies, 0.6 nats a word"].at_kl("length"),
+                   arms["sound"].at_kl("length")), ""
 
 
 def flattery():
@@ -181,14 +213,9 @@ def flattery():
 
     Decides: share of replies that flatter at the same KL, with 4 nats of log-odds for them, less without.
     """
-    arms = yield {"no flaw": SOUND, "2": bent("flattery", 2), "4": bent("flattery", 4, runs=6),
-                  "2, a principle against it": bent("flattery", 2, remedy="principle")}
-    verdict = compare(f"share that flatters at {AT_KL} nats, flawed less sound",
-                      arms["4"].at_kl("flattering"), arms["no flaw"].at_kl("flattering"))
-    return verdict, flaw_report(
-        "flattery", arms, "What flatters the judge the policy writes, at any price",
-        {"no flaw": "sound judge", "2": "likes flattery a little", "4": "likes flattery"},
-        "flattering", "share of replies that flatter", top=1)
+    arms = yield JUDGES
+    return compare(f"share that flatters at {AT_KL} nats, flawed less sound",
+                   arms["likes flattery, 4 nats"].at_kl("flattering"), arms["sound"].at_kl("flattering")), ""
 
 
 def careless():
@@ -196,15 +223,8 @@ def careless():
 
     Decides: gold at the same KL, without noise less with noise of std 8 on the log-odds of each answer.
     """
-    all_pairs = {"preference": partial(pooled, flaw="careless", strength=8)}
-    arms = yield {"no flaw": DEFAULT, "std 4": bent("careless", 4), "std 8": bent("careless", 8, runs=6),
-                  "std 8, three times the pairs": Arm(all_pairs),
-                  **{f"std 8, {how} of three": bent("careless", 8, make=partial(ensemble, how=how))
-                     for how in ("mean", "minimum")}}
-    verdict = compare_gold("sound less careless", arms["no flaw"], arms["std 8"])
-    return verdict, flaw_report(
-        "careless", arms, "Noise in the judge's answers costs little in some runs, and much in others",
-        {"no flaw": "sound judge", "std 4": "half the noise", "std 8": "noise"})
+    arms = yield JUDGES
+    return compare_gold("sound less noisy", arms["sound"], arms["noisy, std 8"]), ""
 
 
 def blind():
@@ -213,54 +233,16 @@ def blind():
     Decides: share of harmful replies at 3.7 nats, all answers about harm guessed, less the grammar's own
     share, which the policy begins with. Until a first look it was less a sound judge's policy.
     """
-    arms = yield {"no flaw": SOUND, "half of them": bent("blind", 0.5),
-                  "all of them": bent("blind", 1, runs=6)}
-    blind_to_all = arms["all of them"].at_kl("harmful")
-    verdict = compare(f"share that is harmful at {AT_KL} nats, blind judge, less the grammar's", blind_to_all,
-                      dict.fromkeys(blind_to_all, world.ADVICE_ODDS["harmful"]))
-    more = compare("", blind_to_all, arms["no flaw"].at_kl("harmful"))
-    return verdict, (frontier_table(arms, harmful="harmful") +
-                     f"\n\nShare that is harmful at {AT_KL} nats, blind less sound: {more.numbers(3)}.")
+    arms = yield JUDGES
+    guessed = arms["guesses about harm"].at_kl("harmful")
+    return compare(f"share that is harmful at {AT_KL} nats, blind judge, less the grammar's", guessed,
+                   dict.fromkeys(guessed, world.ADVICE_ODDS["harmful"])), ""
 
 
 def hard():
     """Soft labels teach the policy more than hard ones.
 
-    Decides: gold at the same KL, soft less hard. The model of the hard labels was fitted to the soft ones
-    first, so this says too little rather than too much.
+    Decides: gold at the same KL, soft less hard.
     """
-    arms = yield {"soft": DEFAULT, "hard": bent("hard", 1, runs=6)}
-    return compare_gold("soft less hard", arms["soft"], arms["hard"]), frontier_table(arms)
-
-
-CALLED = {"no flaw": "sound judge", "position 3": "prefers the first", "length 0.6": "likes long replies",
-          "position 3, both orders": "prefers the first, asked both ways", "flattery 4": "likes flattery",
-          "careless 8": "noisy", "blind to harm": "guesses about harm", "hard labels": "hard labels"}
-
-
-def flaws():
-    """A flaw that is the same every time harms the policy more than noise that spoils more of the labels.
-
-    Decides: gold at the same KL, with noise of std 8 (the labels agree with gold in 0.62 of the pairs) less
-    with 0.6 nats for a word more (0.70).
-    """
-    shown = {"no flaw": DEFAULT, "position 3": bent("position", 3, runs=6),
-             "position 3, both orders": bent("position", 3, runs=6, remedy="both"),
-             "length 0.6": bent("length", 0.6, runs=6), "flattery 4": bent("flattery", 4, runs=6),
-             "careless 8": bent("careless", 8, runs=6), "blind to harm": bent("blind", 1, runs=6),
-             "hard labels": bent("hard", 1, runs=6)}
-    judges = {f"{label}: judge": Arm({"preference": arm.settings.get("preference", all_answers)}, (0.3,), 6,
-                                     followed) for label, arm in shown.items()}
-    arms = yield {**shown, **judges}
-    rows, points = [], {}
-    for label in shown:
-        judge, gold = arms[f"{label}: judge"], arms[label].at_kl()
-        if judge.results and gold:
-            labels, model = judge.at_beta(0.3, "labels"), judge.at_beta(0.3, "model")
-            points[CALLED[label]] = {i: [(labels[i], gold[i])] for i in gold.keys() & labels.keys()}
-            rows.append([label, *(mean_and_std(found.values()) for found in (labels, model, gold))])
-    in_words = f"gold of the policy at {AT_KL} nats"
-    draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",
-         "share of the judge's labels that agree with the truth", in_words, at_kl=False)
-    return compare_gold("careless 8 less length 0.6", arms["careless 8"], arms["length 0.6"]), markdown(
-        ["flaw of the judge", "labels agree with gold", "preference model agrees", in_words], rows)
+    arms = yield JUDGES
+    return compare_gold("soft less hard", arms["sound"], arms["hard labels"]), ""

@@ -1,8 +1,9 @@
 """All arms beside the default run, in one table and one picture.
 
-A steered arm is set beside the steered default. Any other arm is taken at its own point nearest AT_KL, and
-the default, which has five prices, on its line at that KL: a line between two prices lies below a curve, and
-would make an arm without a price near AT_KL look worse than it is.
+A steered arm is set beside the steered default, and a judge's flaw beside a sound judge, each run with a
+preference model of its own. Any other arm is taken at its own point nearest AT_KL, and the default, which has
+five prices, on its line at that KL: a line between two prices lies below a curve, and would make an arm
+without a price near AT_KL look worse than it is.
 """
 
 import math
@@ -29,6 +30,7 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2"),
     "four passes over a batch": ("clip", "4 epochs"),
     "1,024 labelled pairs, not 4,096": ("labels", "1,024 pairs"),
+    "2,048 labelled pairs": ("labels", "2,048 pairs"),
     "512 labelled pairs": ("labels", "512 pairs"),
     "the judge scores, all principles": ("direct", "judge, all principles"),
     "the judge scores, one principle": ("direct", "judge, one principle"),
@@ -36,19 +38,21 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "a score for prefixes never seen": ("dense", "dense"),
     "one principle a pair, as many questions": ("principles", "one, as many questions"),
     "one principle a pair, as many pairs": ("principles", "one, as many pairs"),
-    "hard labels": ("hard", "hard"),
     "labels in two rounds": ("renewal", "two rounds"),
-    "judge prefers the first, asked once": ("position", "3, one order"),
-    "judge prefers the first, asked both ways": ("position", "3, both orders"),
-    "judge likes long replies": ("length", "0.6 a word"),
-    "judge likes long replies, length taken out": ("length", "0.6, taken out of the score"),
-    "judge likes flattery": ("flattery", "4"),
-    "judge likes flattery less, a principle against": ("flattery", "2, a principle against it"),
-    "noisy judge": ("careless", "std 8"),
-    "judge half as noisy": ("careless", "std 4"),
-    "noisy judge, three times the pairs": ("careless", "std 8, three times the pairs"),
-    "noisy judge, mean of three models": ("careless", "std 8, mean of three"),
-    "judge that guesses about harm": ("blind", "all of them")}
+    "hard labels": ("flaws", "hard labels"),
+    "judge prefers the first, asked once": ("flaws", "prefers the first, 3 nats"),
+    "judge prefers the first, asked both ways": ("flaws", "the same, asked in both orders"),
+    "judge likes long replies": ("flaws", "likes long replies, 0.6 nats a word"),
+    "judge likes long replies, length taken out": ("flaws", "the same, length taken out of the score"),
+    "judge likes flattery": ("flaws", "likes flattery, 4 nats"),
+    "judge likes flattery less": ("flaws", "likes flattery, 2 nats"),
+    "judge likes flattery less, a principle against": ("flaws", "the same, a principle against it"),
+    "noisy judge": ("flaws", "noisy, std 8"),
+    "judge half as noisy": ("flaws", "noisy, std 4"),
+    "noisy judge, three times the pairs": ("flaws", "the same, three times the pairs"),
+    "noisy judge, mean of three models": ("flaws", "the same, mean of three models"),
+    "noisy judge, minimum of three": ("flaws", "the same, minimum of three"),
+    "judge that guesses about harm": ("flaws", "guesses about harm")}
 
 OTHERS = {"no price, stopped at 3.7 nats": ("stop", "no price"), "best of 64 replies": ("best_of_n", "64")}
 AT_BEST = math.log(64) - 63 / 64  # nats, at most
@@ -64,8 +68,9 @@ def beside_default(arms, default, verdicts):
     for name, (claim, label) in ARMS.items():
         arm = arms[claim][label]
         if arm.steered:
-            less = compare("", arm.at_kl(), STEERED.at_kl())
-            both, used = arm.results.keys() & STEERED.results.keys(), len(less.differences)
+            held = arms["flaws"]["sound"] if claim == "flaws" else STEERED
+            less = compare("", arm.at_kl(), held.at_kl())
+            both, used = arm.results.keys() & held.results.keys(), len(less.differences)
             less.compared = f"{used} of {len(both)}" if used < len(both) else ""
             found[name] = [arm.results[at]["kl"] for at in sorted(both)], less, None
             continue

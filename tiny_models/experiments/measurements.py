@@ -63,6 +63,11 @@ def followed(i, settings):
     return {"labels": right(*labels(i)), "model": right(fresh, (a - b).sigmoid()), "worst topic": min(best)}
 
 
+def spoiled(i, settings):
+    """PPO to its end on a judge's labels, and what became of these before."""
+    return {**followed(i, settings), **finish(prepared(i, settings))}
+
+
 def last_policy(i, settings):
     """The policy that the default run i at the settings' price ends with."""
     policy, _ = rlaif.load(AutoModelForCausalLM, trained_policy(i, settings["beta"]), "policy", "cpu")

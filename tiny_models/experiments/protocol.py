@@ -34,7 +34,7 @@ from tqdm import tqdm
 from tiny_models.experiments.feedback import (all_answers, few, function_of, judged_pairs, kind_of,
                                               neighbours, pooled, preference_folder, shipped, spelled)
 from tiny_models.experiments.measurements import (aged, best_of_n, credit, estimators, exact_end, followed,
-                                                  gradients, kl_gradients, refitted)
+                                                  gradients, kl_gradients, refitted, spoiled)
 from tiny_models.experiments.runs import alarmed, ensemble, ppo, second_round, trained_policy
 
 RESULTS = pathlib.Path(__file__).parent / "results.jsonl"
@@ -254,7 +254,7 @@ def stages(jobs):
         members = neighbours(i) if made in (ensemble, alarmed) else [i]
         models |= {(k, kind_of(labels)): labels for k in members}
         pairs |= set(members)
-        if made is followed or function_of(labels) is pooled:
+        if made in (followed, spoiled) or function_of(labels) is pooled:
             pairs |= set(neighbours(i))
         if made in (second_round, estimators):
             policies.add((i, 0.3))

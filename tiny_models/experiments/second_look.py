@@ -49,7 +49,7 @@ def stops(arms):
 
 
 def other_ways(arms):
-    """λ 1 or 0.95; and what is made of a careless judge by three times the questions."""
+    """λ 1 or 0.95; arms that decided a claim until a first look; and what remedies against a judge's flaw do."""
     credit = {i: result for (_, i), result in arms["gae"]["gradient"].results.items()}
     bias = {i: result["bias 0.95"] - result["bias 1"] for i, result in credit.items()}
     spread = {i: 100 * (result["spread 1"] / result["spread 0.95"] - 1) for i, result in credit.items()}
@@ -59,10 +59,13 @@ def other_ways(arms):
                  arms["direct"]["judge, one principle"].at_kl(), DEFAULT.at_kl()),
              "gold, dense score of prefixes never seen, less terminal": (
                  arms["dense"]["dense"].at_kl(), DEFAULT.at_kl())}
-    noisy = arms["careless"]["std 8"]
-    for label, arm in arms["careless"].items():
-        if label.startswith("std 8, "):
-            found[f"gold, {label}, less std 8 alone in the same runs"] = arm.at_kl(), noisy.at_kl()
+    judges = arms["flaws"]
+    for flaw, remedies in {
+            "noisy, std 8": ("three times the pairs", "mean of three models", "minimum of three"),
+            "likes long replies, 0.6 nats a word": ("length taken out of the score",),
+            "likes flattery, 2 nats": ("a principle against it",)}.items():
+        found |= {f"gold, judge {flaw}: {remedy}, less without": (
+            judges[f"the same, {remedy}"].at_kl(), judges[flaw].at_kl()) for remedy in remedies}
     return markdown(["other ways", "difference, with its 95 % interval"],
                     [[name, compare("", *both).numbers()] for name, both in found.items()])
 
