@@ -81,7 +81,13 @@ def labels():
                   **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n))
                      for n in (512, 1024, 2048)}}
     own = without(arms, "4,096 pairs, shipped")
-    text = frontier_table(arms)
+    text, curves = frontier_table(arms), {}
+    for doubled, label in enumerate([*own, "4,096 pairs, shipped"]):
+        for i, gold in arms[label].at_kl().items():
+            curves.setdefault(i, []).append((doubled, gold))
+    draw("labels", {"": {i: points for i, points in curves.items() if len(points) > 2}},
+         "The first thousand labels buy most of the truth", "labelled pairs", f"gold at {AT_KL} nats",
+         at_kl=False, ticks={0: "512", 1: "1,024", 2: "2,048", 3: "4,096"})
     text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
         [label, mean_and_std(arm.at_beta(0.3, "agrees").values(), 3)]
         for label, arm in own.items() if arm.results])
@@ -142,10 +148,8 @@ JUDGES = {
     "sound": steered(spoiled, preference=all_answers),
     "prefers the first, 3 nats": judge_that("position", 3),
     "the same, asked in both orders": judge_that("position", 3, remedy="both"),
-    "prefers the first, 1 nat": judge_that("position", 1, 3),
     "likes long replies, 0.6 nats a word": judge_that("length", 0.6),
     "the same, length taken out of the score": judge_that("length", 0.6, 3, levelled),
-    "likes long replies, 0.2 nats a word": judge_that("length", 0.2, 3),
     "likes flattery, 4 nats": judge_that("flattery", 4),
     "likes flattery, 2 nats": judge_that("flattery", 2, 3),
     "the same, a principle against it": judge_that("flattery", 2, 3, remedy="principle"),
@@ -153,9 +157,7 @@ JUDGES = {
     "the same, three times the pairs": judge_that("careless", 8, labels=pooled),
     "the same, mean of three models": judge_that("careless", 8, make=partial(ensemble, how="mean")),
     "the same, minimum of three": judge_that("careless", 8, make=partial(ensemble, how="minimum")),
-    "noisy, std 4": judge_that("careless", 4, 3),
     "guesses about harm": judge_that("blind", 1),
-    "guesses about half of it": judge_that("blind", 0.5, 3),
     "hard labels": judge_that("hard", 1)}
 
 

@@ -48,7 +48,6 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "judge likes flattery less": ("flaws", "likes flattery, 2 nats"),
     "judge likes flattery less, a principle against": ("flaws", "the same, a principle against it"),
     "noisy judge": ("flaws", "noisy, std 8"),
-    "judge half as noisy": ("flaws", "noisy, std 4"),
     "noisy judge, three times the pairs": ("flaws", "the same, three times the pairs"),
     "noisy judge, mean of three models": ("flaws", "the same, mean of three models"),
     "noisy judge, minimum of three": ("flaws", "the same, minimum of three"),

@@ -52,10 +52,12 @@ def curves_of(arms, name="gold"):
     return {label: arm.curves(name) for label, arm in arms.items()}
 
 
-def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True, ticks=None, top=math.inf):
+def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True, ticks=None, top=math.inf,
+         bottom=None):
     """FIGURES/NAME.png: of each label's curves, {label: {i: points}}, the mean over runs, and a band that is
     its 95 % interval where all of them are, up to the `top` that is possible; every point a dot; best of n of
-    the reference dashed. `ticks`: where on the axis which numbers stand, those of nats unless given."""
+    the reference dashed. `ticks`: where on the axis which numbers stand, those of nats unless given;
+    `bottom`: where the other axis begins."""
     figure, axis = canvas(title)
     if not figure:
         return
@@ -92,6 +94,7 @@ def draw(name, curves, title, xlabel=NATS, ylabel="gold", best=None, at_kl=True,
     if ticks:
         axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set_ylim(bottom=bottom)
     beside(axis, ends)
     save(figure, name)
 
