@@ -246,10 +246,10 @@ def fit(pairs, prob_a, seed, start=None, epochs=12, **more):
 
 
 def preference_folder(i, labels=all_answers):
-    """The folder of run i's preference model, fitted once to the pairs and labels that a function gives. A
-    flaw, unless it is noise, is learned on top of the model without it, in a quarter of the epochs; to three
-    or four times the pairs, a model is fitted in as many steps. Run -1, and `shipped`, take the
-    shipped model."""
+    """The folder of run i's preference model, fitted once to the pairs and labels that a function gives; to
+    three or four times the pairs in as many steps. What `flawed` gives, unless it is noise, is learned on top
+    of the model without the flaw, in a quarter of the epochs: so the runs of `alarms` were made. Run -1, and
+    `shipped`, take the shipped model."""
     if i < 0 or labels is shipped:
         return rlaif.TINY / "preference"
     folder = KEPT / f"preference-{i}-{kind_of(labels).replace(' ', '-')}"

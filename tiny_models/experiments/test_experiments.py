@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rlaif
 from rlaif import preference_loss
 from tiny_models import build
-from tiny_models.experiments import alarms, feedback, forest, measurements, protocol, runs, second_look
+from tiny_models.experiments import (alarms, feedback, feedback_claims, forest, measurements, protocol, runs,
+                                     second_look)
 
 settings.register_profile("few", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("few")
@@ -83,6 +85,22 @@ def test_a_planted_flaw_bends_the_labels_its_own_way(seed):
     assert (labels(feedback.flawed, "hard", 1) == (sound > 0.5)).all()
     own = (answers[:, 0] + 1 - answers[:, 1]) / 2  # (4, 2): each principle's own label
     assert ((own - labels(feedback.drawn, 1)).abs() < 1e-6).any(dim=0).all()
+
+
+def test_a_judge_with_a_flaw_teaches_a_preference_model_from_nothing(monkeypatch, tmp_path):
+    fitted, model = [], rlaif.PreferenceModel(*[torch.nn.Linear(1, 1)] * 2)
+    monkeypatch.setattr(feedback, "KEPT", tmp_path)
+    monkeypatch.setattr(feedback, "preference_model", lambda i: "the model without the flaw")
+    monkeypatch.setattr(feedback, "flawed", lambda i, *how: ({"prompts": [f"of {i}"]}, torch.ones(4096)))
+    monkeypatch.setattr(feedback, "fit", lambda *given: fitted.append(given) or (model, {}))
+    monkeypatch.setattr(rlaif, "save_model", lambda model, tokenizer, folder, side: folder.mkdir())
+    for how in (feedback.planted, feedback.pooled):
+        feedback.preference_folder(3, partial(how, flaw="length", strength=0.6))
+    (_, labels, seed, start, epochs), (pairs, more, _, none, fewer) = fitted
+    assert (len(labels), seed, start, epochs) == (4096, 1003, None, 12)
+    assert (pairs["prompts"], len(more), none, fewer) == (["of 3", "of 4", "of 5"], 3 * 4096, None, 4)
+    for label, arm in feedback_claims.JUDGES.items():
+        assert arm.steered and protocol.function_of(arm.settings["preference"]) is not feedback.flawed, label
 
 
 def test_what_a_run_needs_is_made_before_it_and_once():
