@@ -355,6 +355,7 @@ def roll_out(run, prompts=None):
     return r
 
 
+@torch.enable_grad()
 def update(run, rollout, penalty=None):
     """Step 9: epochs of freshly shuffled minibatches, one optimizer step for each, until the new policy is
     further than stop_kl from the old one -> the metrics. A minibatch goes through the model in micro-batches,
@@ -451,7 +452,7 @@ def ask_judge(judge, tokenizer, questions, chunk=256):
     differ = [next(i for i, (x, y) in enumerate(zip(a, b)) if x != y) for a, b in zip(with_a, with_b)]
     rows = [a[:i] for a, i in zip(with_a, differ)]  # the tokens that both share
     answer_ids = torch.tensor([(a[i], b[i]) for a, b, i in zip(with_a, with_b, differ)], device=judge.device)
-    logprobs = torch.empty(len(rows), 2, device="cpu")
+    logprobs = torch.empty(len(rows), 2, dtype=torch.float32, device="cpu")
     head = judge.get_output_embeddings()  # in bfloat16 it would round the answers' log-odds to eighths
     with head.register_forward_hook(lambda head, read, _: apply_head(head, read[0])):
         for picked in chunks_of_like_length(rows, chunk):
@@ -528,13 +529,17 @@ class PreferenceModel:
         return self.scores(self.tokenize(prompts, responses, ended or [True] * len(prompts))).tolist()
 
     def tokenize(self, prompts, responses, ended):
-        """Conversations as lists of token ids, each closed if, and only if, its response ended."""
-        return encode(self.tokenizer, prompts, self.template, responses, ended)
+        """Conversations as lists of token ids, each closed if, and only if, its response ended; cut, with a
+        warning, where the model's context ends: its tokens may be shorter than the policy's."""
+        rows = encode(self.tokenizer, prompts, self.template, responses, ended)
+        if max(map(len, rows), default=0) > context_of(self.model):
+            warnings.warn("preference: a reply is cut where the context of its model ends", stacklevel=2)
+        return [row[:context_of(self.model)] for row in rows]
 
     @torch.no_grad()
     def scores(self, rows):
         """Scores of N lists of token ids -> (N,), on the CPU."""
-        scores = torch.empty(len(rows), device="cpu")
+        scores = torch.empty(len(rows), dtype=torch.float32, device="cpu")
         for picked in chunks_of_like_length(rows, self.chunk):
             scores[picked] = self.forward([rows[i] for i in picked]).cpu()
         return scores
@@ -569,12 +574,13 @@ def new_preference_model(policy, tokenizer, template=None):
     """A preference model that starts from the policy's trunk; head: normal, std 1/sqrt(D + 1) (N+)."""
     config = copy.deepcopy(policy.config)
     config.num_labels, config.architectures = 1, None
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(policy.base_model.state_dict())
     nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     return PreferenceModel(model.to(policy.device).eval(), tokenizer, template)
 
 
+@torch.enable_grad()
 def fit_preference(preference, rows_a, rows_b, prob_a, epochs=12, minibatch_size=64, learning_rate=5e-4,
                    centering=0.01, micro_batch_size=64):
     """Fit a preference model, in place, to labels (N,) on N pairs of texts, tokenized by the model itself.
@@ -635,7 +641,8 @@ def preference_from_judge(config, policy, tokenizer, judge, judge_tokenizer, con
     data = {"responses_a": [], "responses_b": [], "rows_a": [], "rows_b": [], "prob_a": []}
     generators = [torch] if policy.device.type == "cpu" else [torch, torch.get_device_module(policy.device)]
     if kept and kept.exists():
-        data = torch.load(kept, weights_only=True)
+        with trying(f"resume: cannot read {kept}"):
+            data = torch.load(kept, weights_only=True)
         for generator, state in zip(generators, data.pop("random")):
             generator.set_rng_state(state)
     size, worth = min(256, 4 * config.batch_size), {}
@@ -700,9 +707,10 @@ def make_learners(run):
     hidden_size = policy.get_output_embeddings().weight.shape[-1]
     if config.value != "shared":
         trunk = copy.deepcopy((policy if config.value == "separate" else run.score.model).base_model)
-        hidden_size = trunk.config.get_text_config().hidden_size
-    run.value = ValueFunction(hidden_size, trunk, config.value_head)
-    run.value.to(run.device, policy.dtype).eval().requires_grad_(True)
+    if config.value == "preference":
+        hidden_size = run.score.model.score.in_features
+    run.value = ValueFunction(hidden_size, trunk, config.value_head).eval().requires_grad_(True)
+    run.value.to(run.device, torch.promote_types(policy.dtype, torch.float32))
     parameters = [p for p in [*policy.parameters(), *run.value.parameters()] if p.requires_grad]
     run.optimizer = torch.optim.Adam(parameters, eps=config.adam_epsilon, fused=True)
 
@@ -796,13 +804,14 @@ def score_responses(run, function, name):
     -> (B,) float32 on the run's device. Raises ValueError unless it gives one number for each, and
     FloatingPointError if one is not finite, or so large that its square is not."""
     prompts, responses, ended = run.rollout.prompts, run.rollout.responses, run.rollout.ended.tolist()
-    if isinstance(function, PreferenceModel):
-        with run.autocast():
-            given = function(prompts, responses, ended)
-    else:
-        given = function(list(prompts), list(responses))
     with trying(f"iteration {run.iteration + 1}: {name} must give one number for each response"):
-        scores = torch.as_tensor(given, dtype=torch.float32)
+        if isinstance(function, PreferenceModel):
+            with run.autocast():
+                given = function(prompts, responses, ended)
+        else:
+            with torch.no_grad():  # whatever it does to what it is given, or to torch's mode, is its own
+                given = function(copy.deepcopy(prompts), list(responses))
+        scores = torch.as_tensor(given, dtype=torch.float32).clone()
         if scores.shape != (len(prompts),):
             raise ValueError(f"it gave shape {tuple(scores.shape)} for {len(prompts)} of them")
     run.require_finite(scores.square().sum(), f"a number that {name} gave, or its square,")
@@ -1015,7 +1024,7 @@ def encode(tokenizer, prompts, template=None, replies=None, ended=None):
     A prompt is a str, or the list of turns, dicts of role and content, that chat templates take. The model's
     own chat template closes a reply that has `ended`. With a `template`, or without a chat template (then it
     is PLAIN), the last turn takes the place of {prompt}, earlier ones stand before it as lines, and the EOS
-    closes a reply.
+    closes a reply. Raises ValueError if a chat template leaves out a turn of a prompt.
     """
     texts, chat = [], not template and tokenizer.chat_template
     ended = [False] * len(prompts) if ended is None else ended
@@ -1025,11 +1034,13 @@ def encode(tokenizer, prompts, template=None, replies=None, ended=None):
             earlier = as_lines(turns[:-1]) + "\n" if turns[:-1] else ""
             texts.append(earlier + (template or PLAIN).format(prompt=turns[-1]["content"]) + reply)
         elif end:
-            turns = [*turns, {"role": "assistant", "content": reply}]
-            texts.append(tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
+            whole = [*turns, {"role": "assistant", "content": reply}]
+            texts.append(tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False))
         else:
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
                                                        enable_thinking=False) + reply)
+        if not all(turn["content"].strip() in texts[-1] for turn in turns):
+            raise ValueError("its chat template leaves out what a turn says")
     rows = tokenize(tokenizer, texts, add_special_tokens=not chat)  # a chat template writes its own
     eos = [] if chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [row + eos if end else row for row, end in zip(rows, ended)]
@@ -1061,7 +1072,7 @@ def pad(rows, side, model, fill=0):
 
 def context_of(model):
     """How many tokens a model can read."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def position_ids(attention_mask):
@@ -1120,6 +1131,19 @@ def token_table(run, row=0):
         numbers = [round(x[row, t].item(), 2) + 0.0 for x in columns.values()]  # -0.0 becomes 0.0
         lines.append(f"{token[:12]:<12}" + "".join(f" {number:7.2f}" for number in numbers))
     return "\n".join(lines)
+
+
+def draw_history(history):
+    """Draw learning curves from a list of metrics: score and gold, KL and entropy over iterations -> a
+    matplotlib figure. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for axis, names in zip(figure.subplots(1, 3), (("score", "gold"), ("kl",), ("entropy",))):
+        for name in [name for name in names if name in history[0]]:
+            axis.plot([m["iteration"] for m in history], [m[name] for m in history], ".-", label=name)
+        axis.set(xlabel="iteration")
+        axis.legend()
+    return figure
 
 
 # That is all of RLAIF with PPO. Nothing below is about it: files, checks, checkpoints, the command line.
@@ -1195,22 +1219,24 @@ def read_prompts(path, name, tokenizer):
     """The prompts of a UTF-8 file, each a str or a list of turns: lines of text, or of JSON with a "prompt"
     or "messages", or one JSON array of these. Raises ValueError that names the file and the line, also for a
     prompt that spells a special token of `tokenizer`: it could forge a turn."""
+    suffix = pathlib.Path(path).suffix.lower()
     with trying(f"{name} {path} is to hold UTF-8 lines of text or JSON"):
         text = pathlib.Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
-        if path.lower().endswith((".csv", ".tsv", ".yaml", ".yml")):
-            raise ValueError("it is named otherwise")
-    entries, is_json, prompts = text.split("\n"), text[:1] == "{" or path.endswith((".json", ".jsonl")), []
+        if suffix in (".csv", ".tsv", ".yaml", ".yml") or "\0" in text:
+            raise ValueError("it is of another kind")
+    entries, prompts = text.split("\n"), []
+    is_json = suffix in (".json", ".jsonl") or text.lstrip()[:1] == "{" or entries[0].strip() == "["
     with contextlib.suppress(ValueError):
         if isinstance(array := json.loads(text), list):
-            entries, is_json = array, False
+            entries, is_json = array or [""], False
     for number, entry in enumerate(entries, start=1):
         with trying(f"{name} {path}, line {number}, is not a prompt"):
             entry = json.loads(entry) if is_json else entry
             if isinstance(entry, dict):
                 entry = entry["prompt"] if "prompt" in entry else entry["messages"]
             turns = [{"role": "user", "content": entry}] if isinstance(entry, str) else entry
-            if not all(turn["content"].strip().encode() for turn in turns):  # half a surrogate pair raises
-                raise ValueError("it is blank")
+            if not all(turn["content"].strip().encode() and turn["role"].isidentifier() for turn in turns):
+                raise ValueError("it is blank, or its role no word")  # half a surrogate pair raises, too
             if turns[-1]["role"] != "user":
                 raise ValueError("its last turn must be the user's")
             require_plain(entry, tokenizer)
@@ -1227,9 +1253,9 @@ def load_prompts(run, judge):
     config, new, tokenizer = run.config, run.config.max_new_tokens, run.tokenizer
     # Of each that reads prompts: model, tokenizer, the ids of a prompt's input, and how many come to these.
     readers = {"policy": (run.policy, tokenizer, lambda x: encode(tokenizer, [x], config.template)[0], new)}
-    if isinstance(run.score, PreferenceModel):
-        readers["preference"] = (run.score.model, run.score.tokenizer,
-                                 lambda x: run.score.tokenize([x], [""], [True])[0], new)
+    if isinstance(score := run.score, PreferenceModel):
+        readers["preference"] = (score.model, score.tokenizer, lambda x: encode(
+            score.tokenizer, [x], score.template, [""], [True])[0], new)
     if judge:
         model, own, principles = judge
         principle = max(principles, key=lambda text: len(own(text).input_ids))
@@ -1252,7 +1278,7 @@ def load_prompts(run, judge):
     for reader, row in longest.items():
         with trying(f"{reader}: this {type(readers[reader][0]).__name__} cannot be used"), run.autocast():
             if reader == "preference":
-                run.score.scores([row])
+                score.scores([row, *score.tokenize([prompt, prompt], ["", ""], [True, False])])
             else:
                 require_steady(readers[reader][0], row)
             if reader == "judge":
@@ -1286,7 +1312,7 @@ def require_steady(model, row):
     alone = model(input_ids=ids[:1, -len(half):], attention_mask=mask[:1, -len(half):], logits_to_keep=1)
     beside = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), logits_to_keep=at)
     for other in (beside.logits[0, 1], beside.logits[1, 0]):
-        slack = 0.01 if model.dtype == other.dtype == torch.float32 else 0.5
+        slack = 0.01 if model.dtype == other.dtype == torch.float32 else 0.5 + other.abs().max() / 32
         if not (alone.logits[0, -1] - other).abs().max() < slack:
             raise ValueError("its logits are not finite, or move with padding, or with what comes later")
 
@@ -1309,6 +1335,8 @@ def load(kind, path, name, device, dtype=torch.float32, model=None, tokenizer=No
     with trying(f"{name}: cannot load a tokenizer from {path}"):
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        if tokenizer.eos_token_id is None:  # BERT's, say, end a text with SEP
+            tokenizer.eos_token = tokenizer.sep_token
         unused = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.eos_token_id}  # PAD, say
         top = max(set(tokenizer.get_vocab().values()) - unused)
         rows = model.get_input_embeddings().num_embeddings
@@ -1326,10 +1354,13 @@ def load_feedback(config, device, score, policy, tokenizer):
         judge = model, own, read_prompts(path, "constitution", own) if path else CONSTITUTION
     elif score is None:
         path, dtype = (fitted, torch.float32) if config.judge else (config.preference, dtype)
+        if path == Config().preference and config.prompts != Config().prompts:
+            warnings.warn("preference: the tiny world's, which knows nothing of other prompts", stacklevel=4)
         model, own = load(AutoModelForSequenceClassification, path, "preference", device, dtype)
         score = PreferenceModel(model, own, config.template, 4 * config.micro_batch_size)
     reads_tokens = isinstance(score, PreferenceModel) and hasattr(score.model, "score") and (
-        score.tokenizer.get_vocab() == tokenizer.get_vocab())
+        score.tokenizer.get_vocab() == tokenizer.get_vocab()
+        and score.model.get_input_embeddings().num_embeddings >= policy.get_input_embeddings().num_embeddings)
     if (config.value == "preference" or config.dense_reward) and not judge and not reads_tokens:
         raise ValueError("value 'preference' and dense_reward need a preference model that reads from left "
                          "to right, with the policy's own tokenizer")
@@ -1360,18 +1391,18 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
         raise ValueError("tokenizer: a policy that is passed in needs its own, train(..., tokenizer=)")
     policy, tokenizer = load(AutoModelForCausalLM, config.policy, "policy", device, model=policy,
                              tokenizer=tokenizer)
-    if policy.dtype.itemsize < 4:  # from_pretrained keeps the type of the file, often bfloat16
-        warnings.warn(f"policy: weights in {policy.dtype} lose small steps; load it in float32", stacklevel=3)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("policy: no parameter of it requires a gradient, so nothing can be learned")
+    if any(p.dtype.itemsize < 4 for p in policy.parameters() if p.requires_grad):  # as the file has it, say
+        warnings.warn(f"policy: weights in {policy.dtype} lose small steps; load it in float32", stacklevel=3)
     reference, first = None, f"{config.resume}/reference"  # what a policy that was passed in once was
     if path := config.reference or ("policy" in passed and os.path.isdir(first) and first):
         reference, _ = load(AutoModelForCausalLM, path, "reference", device, policy.dtype)
         vocabularies = {model.config.get_text_config().vocab_size for model in (reference, policy)}
         if len(vocabularies) > 1 or context_of(reference) < context_of(policy):
             raise ValueError("reference: its vocabulary or its context is not the policy's")
-        if path == first and type(policy) is type(reference):  # it may have taken steps since
-            policy.load_state_dict(reference.state_dict())
+        if path == first and policy.state_dict().keys() == reference.state_dict().keys():
+            policy.load_state_dict(reference.state_dict())  # it may have taken steps since
     score, judge = load_feedback(config, device, score, policy, tokenizer)
     if gold is None and config.gold:
         sys.path += [folder for folder in (str(HERE), os.getcwd()) if folder not in sys.path]
@@ -1473,19 +1504,6 @@ def record(run, metrics):
             state = {name: getattr(run, name).state_dict() for name in ("policy", "value", "optimizer")}
             state |= {"iteration": run.iteration, "beta": run.beta, "random": run.random}
             write_whole(out / "checkpoint.pt", lambda new: torch.save(state, new))
-
-
-def draw_history(history):
-    """Draw learning curves from a list of metrics: score and gold, KL and entropy over iterations -> a
-    matplotlib figure. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    for axis, names in zip(figure.subplots(1, 3), (("score", "gold"), ("kl",), ("entropy",))):
-        for name in [name for name in names if name in history[0]]:
-            axis.plot([m["iteration"] for m in history], [m[name] for m in history], ".-", label=name)
-        axis.set(xlabel="iteration")
-        axis.legend()
-    return figure
 
 
 def main(argv=None):

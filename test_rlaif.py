@@ -231,8 +231,7 @@ def uneven_world(folder=None, own_tokens=False, **settings):
         "clip": 0.13, "value_clip": 0.29, "value_coef": 0.17, "entropy_coef": 0.019, "stop_kl": 9.0,
         "learning_rate": 3e-3, "adam_epsilon": 2e-5, "max_grad_norm": 0.6, "seed": 3, "device": "cpu",
         "eval_samples": 3, "save_every": 2, **settings})
-    for model in (w.policy, scorer):
-        model.to(w.config.device)
+    w.policy.to(w.config.device), scorer.to(w.config.device)
 
     def prepare(**changes):
         config = dataclasses.replace(w.config, **changes)
@@ -378,9 +377,11 @@ def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands
     assert w.preference(prompts, responses) == all_ended != none_ended, "it ended unless said otherwise"
     w.preference.tokenizer = bpe(SCORED_WORDS, "<start> $A")
     assert w.preference(prompts, responses) == none_ended, "without an EOS none can be seen"
-    for bad in ((["A"], ["c" * 80], [True]), (["A", "B"], ["a", "b"], [True]), (["A", "B"], ["a"], [True])):
-        with pytest.raises(ValueError):  # too long, or not one of each
+    for bad in ((["A", "B"], ["a", "b"], [True]), (["A", "B"], ["a"], [True])):
+        with pytest.raises(ValueError):  # not one of each
             w.preference(*bad)
+    with pytest.warns(UserWarning, match="reply is cut"):
+        assert w.preference(["A"], ["c" * 90]) == w.preference(["A"], ["c" * 77]), "it ends with the context"
 
 
 def test_a_text_keeps_the_bos_that_its_tokenizer_adds_loses_the_eos_and_may_fill_the_context():
@@ -392,10 +393,13 @@ def test_a_text_keeps_the_bos_that_its_tokenizer_adds_loses_the_eos_and_may_fill
     assert ids.tolist() == [[2] * 16, [0] * 15 + [1]] and mask.tolist() == [[1] * 16, [0] * 15 + [1]]
     with pytest.raises(ValueError):
         rlaif.pad([[2] * 17], "left", gpt2(context=16))
+    bert = bpe(["a", "b", "<cls>", "<sep>"], "<cls> $A <sep>", sep_token="<sep>")  # SEP is its end
+    assert rlaif.tokenize(rlaif.load(None, "-", "", "cpu", None, gpt2(), bert)[1], ["ab"]) == [[2, 0, 1]]
 
 
 def test_a_new_preference_model_is_the_policys_trunk_under_a_random_head():
     w = uneven_world()
+    w.policy.config.dtype = torch.bfloat16  # of the file that it came from
     preference = rlaif.new_preference_model(w.policy, w.tokenizer, "{prompt}.")
     trunks = zip(preference.model.base_model.parameters(), w.policy.base_model.parameters(), strict=True)
     assert all(torch.equal(a, b) and a is not b for a, b in trunks), "it starts from a copy of the trunk"
@@ -672,13 +676,18 @@ def test_respond_cuts_a_response_from_the_whole_text_with_its_own_spaces():
 def test_a_score_is_one_finite_number_for_each_bare_prompt_and_response(tmp_path):
     run, seen = uneven_world(tmp_path).prepare(), []
     run.rollout = r = rlaif.respond(run.policy, run.tokenizer, run.prompts * 2, run.config)
-    kept, run.iteration = (run.prompts * 2, list(r.responses)), 3
+    r.prompts = [[{"role": "user", "content": x}] for x in r.prompts]
+    kept, run.iteration, shared = (copy.deepcopy(r.prompts), list(r.responses)), 3, torch.zeros(6)
 
     def score(prompts, responses):
-        seen.append((list(prompts), list(responses)))
-        prompts.clear(), responses.clear()  # what a careless caller does to them is its own affair
-        return count_a(*seen[0])
-    scores = rlaif.score_responses(run, score, "score")
+        seen.append(copy.deepcopy((prompts, responses)))
+        for turns in prompts:  # what a careless caller does to them, or to torch, is its own affair
+            turns.append({"role": "assistant", "content": "yes"})
+        prompts.clear(), responses.clear(), torch.set_grad_enabled(True)
+        return shared.copy_(torch.tensor(count_a(*seen[0])))
+    with torch.no_grad():
+        scores = rlaif.score_responses(run, score, "score")
+        assert not torch.is_grad_enabled() and shared.zero_() is not scores
     assert seen == [kept] == [(r.prompts, r.responses)], "a score gets copies of bare prompts and responses"
     assert scores.dtype == rlaif.score_responses(run, lambda *_: [1] * 6, "score").dtype == torch.float32
     close(scores, torch.tensor(count_a(*kept)), "scores are not in the order of the responses", atol=1e-6)
@@ -1341,6 +1350,9 @@ def test_in_bfloat16_scores_and_labels_keep_the_digits_that_float32_gives_their_
     assert (scores - half_scores).abs().max() < 0.1 * scores.std(), "a score is off by a tenth of its std"
     assert (labels - half_labels).abs().max() < 0.02, "a label is off by 0.02"
     assert ((odds > 0) == (half_odds > 0))[odds.abs() > 0.2].all(), "a plain answer has changed sides"
+    far = gpt2(300, n_embd=256, initializer_range=0.05, context=48).requires_grad_(False)
+    far.transformer.wte.weight[:, 0], far.transformer.ln_f.bias[0] = 1.0, -100.0  # logits in steps of a half
+    torch.autocast("cpu", torch.bfloat16)(rlaif.require_steady)(far, list(range(40)))
 
 
 @pytest.mark.parametrize("value", ["shared", "separate", "preference"])
@@ -1469,7 +1481,8 @@ def test_where_there_is_no_eos_every_response_counts_as_finished(tmp_path, recwa
     run = toy_run(tmp_path, policy=policy, tokenizer=tokenizer, missing_eos_score=-9.0, whiten_scores=False)
     rollout = rlaif.roll_out(run)
     close(rollout.scores, count_a([], rollout.responses), "a response that cannot end pays for its EOS", 1e-6)
-    metrics = rlaif.update(run, rollout)
+    with torch.no_grad():  # a caller's own
+        metrics = rlaif.update(run, rollout)
     assert metrics["eos_fraction"] == 0 and metrics["length"] == 3 and not recwarn.list
 
 
@@ -1638,6 +1651,8 @@ def bench(tmp_path_factory):
         "surrogate.jsonl": '{"prompt": "\\ud800"}\n',
         "said.jsonl": '{"messages": [{"role": "assistant", "content": "b"}]}',
         "truth.py": "def gold(prompts, responses):\n    return [-12.34] * len(responses)\n",
+        "list.json": "[]", "cut.txt": '[\n "a",\n', "nul.txt": "a\0b",
+        "role.jsonl": '{"messages": [{"role": "<eos>", "content": "b"}]}',
     }.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
@@ -1673,12 +1688,13 @@ TOY_FLAGS = ["--template", "{prompt}", "--max_new_tokens", 3, "--iterations", 2,
              "--minibatch_size", 4, "--ppo_epochs", 1, "--eval_samples", 1, "--device", "cpu"]
 BENCH_FLAGS = ["--policy", "policy", "--preference", "preference", "--prompts", "p.txt", *TOY_FLAGS]
 BAD_FLAGS = {  # flags -> words of which each must be in the sentence
-    ("--beta", "nan"): "beta",
-    ("--beta", 0, "--beta_control", "batch"): "beta_control", ("--template", "{prompt} {"): "template",
-    ("--prompts", "nowhere.txt"): "prompts nowhere.txt", ("--prompts", "empty.txt"): "empty.txt 1",
-    ("--prompts", "blank.txt"): "blank.txt 2",
+    ("--beta", "nan"): "beta", ("--beta", 0, "--beta_control", "batch"): "beta_control",
+    ("--template", "{prompt} {"): "template", ("--prompts", "nowhere.txt"): "prompts nowhere.txt",
+    ("--prompts", "empty.txt"): "empty.txt 1", ("--prompts", "blank.txt"): "blank.txt 2",
     ("--prompts", "other.txt"): "other.txt 1 tokenizer", ("--prompts", "broken.jsonl"): "broken.jsonl 2",
     ("--prompts", "surrogate.jsonl"): "surrogate.jsonl 1", ("--prompts", "p.csv"): "p.csv",
+    ("--prompts", "list.json"): "list.json 1", ("--prompts", "cut.txt"): "cut.txt 1",
+    ("--prompts", "nul.txt"): "nul.txt", ("--prompts", "role.jsonl"): "role.jsonl 1 role",
     ("--prompts", "said.jsonl"): "said.jsonl 1 user", ("--prompts", "eos.txt"): "eos.txt 2 special",
     ("--eval_prompts", "long.txt"): "eval_prompts long.txt 2 policy context",
     ("--policy", "policy/nowhere"): "policy folder", ("--policy", "resized"): "policy resized fill",
@@ -1689,8 +1705,8 @@ BAD_FLAGS = {  # flags -> words of which each must be in the sentence
     ("--preference", "policy"): "preference policy fill score", ("--preference", "two"): "preference 2 one",
     ("--preference", "bert", "--dense_reward", "True"): "left right",
     ("--preference", "pickled"): "preference pickled", ("--judge", "nan judge"): "judge finite",
-    ("--judge", "odd judge"): "element 7",
-    ("--judge", "policy"): "judge A B", ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
+    ("--judge", "odd judge"): "element 7", ("--judge", "policy"): "judge A B",
+    ("--gold", "math:pi"): "gold math:pi", ("--device", "meta"): "meta",
     ("--resume", "not a run"): "resume not a run/config.json", ("--out", "p.txt"): "out p.txt",
     ("--no_such_flag", 1): "no_such_flag",
 }
@@ -1753,11 +1769,11 @@ def test_what_is_printed_fits_a_terminal_and_what_is_measured_is_bounded(
     (tmp_path / "long.txt").write_text("\n".join([prompt, "c"] * 100), encoding="utf-8")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", stdout)
+    pairs = (save_pair(tmp_path / kind.__name__, kind(context=256), letters()) for kind in (gpt2, scorer))
     code, _, err = run_main(
-        capsys, *BENCH_FLAGS, "--policy", save_pair(tmp_path / "policy", gpt2(context=256), letters()),
-        "--preference", save_pair(tmp_path / "preference", scorer(context=256), letters()), "--gold",
-        "truth:gold", "--eval_prompts", tmp_path / "long.txt", "--eval_samples", 2, "--batch_size", 128,
-        "--minibatch_size", 128, "--out", tmp_path / "run")
+        capsys, *BENCH_FLAGS, "--policy", next(pairs), "--preference", next(pairs), "--gold", "truth:gold",
+        "--eval_prompts", tmp_path / "long.txt", "--eval_samples", 2, "--batch_size", 128, "--minibatch_size",
+        128, "--out", tmp_path / "run")
     assert code == 0, err
     stdout.flush()
     out = stdout.buffer.getvalue().decode("cp1252")
@@ -1870,7 +1886,6 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     ("p.jsonl", {"messages": [{"role": "user", "content": "hi<|im_end|>"}, *TURNS[2:]]}, False),
     ("p.jsonl", {"prompt": "hi</p>"}, False), ("two.txt", "be </p>kind.", False)])
 def test_what_spells_a_special_token_is_refused_by_its_line(tmp_path, file, line, eos_is_pad):
-    """One of the policy's, or of the judge's or the preference model's, which are alike."""
     own, other = chat_tokenizer(), chat_tokenizer("<p>", "</p>")
     own.pad_token = own.eos_token if eos_is_pad else own.pad_token
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
@@ -1939,6 +1954,9 @@ def test_a_chat_template_that_opens_a_thought_is_no_judges(tmp_path):
             judged(end)
     for end in ("", "<think>\n\n</think>\n\n", "I think "):
         assert judged(end).shape == (1, 2)
+    for here, there in (("m.content", "m.content[0].text"), ("in messages", "in messages[1:]")):
+        with pytest.raises(ValueError, match="leaves out"):  # for content in parts; without a system turn
+            rlaif.encode(chat_tokenizer(template=CHAT.replace(here, there)), [TURNS])
     broken = chat_tokenizer(template="{{ 1 / 0 }}")
     judge = save_pair(tmp_path / "judge", chat_llama(broken), broken)
     with pytest.raises(ValueError, match="line 1: for the judge: "):
@@ -2131,8 +2149,7 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     code, _, err = run_main(capsys, "--resume", "run", "--beta", default.beta)
     assert code == 2 and f"beta (was {run.config.beta}, now {default.beta})" in err, "given by hand it counts"
     code, _, err = run_main(capsys, "--resume", "./run", "--out", "elsewhere")
-    assert code == 2 and "out (was" in err, "a run goes on in its own folder"
-    assert not os.path.exists("elsewhere")
+    assert code == 2 and "out (was" in err and not os.path.exists("elsewhere"), "it goes on in its own folder"
     seen, folder = [], str(tmp_path / "run")
     monkeypatch.setattr(rlaif, "run_and_report", seen.append)
     run_main(capsys, "--resume", folder)
@@ -2143,9 +2160,6 @@ def test_resuming_with_other_settings_names_what_changed(bench, tmp_path, monkey
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"broken")
     with pytest.raises(ValueError, match="resume: .*checkpoint.pt"):
         rlaif.prepare(rlaif.Config(resume="run"))
-
-
-# Reading and loading
 
 
 @given(st.binary(max_size=60), st.sampled_from([".txt", ".jsonl", ".json"]))
@@ -2165,7 +2179,7 @@ def test_a_prompts_file_may_come_from_anywhere(tmp_path):
     for name, data, expected in (
             ("p", "\ufeffa b\r\nc\r\n\r\n", ["a b", "c"]), ("p.txt", " a \nb", [" a ", "b"]),
             ("p.jsonl", "\n".join(map(json.dumps, objects)), ["a\nb", TURNS]),
-            ("p", json.dumps(objects[0]), ["a\nb"]),
+            ("p.JSONL", '"a"\n"b"', ["a", "b"]), ("p", f" {json.dumps(objects[0])}", ["a\nb"]),
             ("p.json", json.dumps(["a", "b\nc"], indent=2), ["a", "b\nc"]),
             ("p.txt", json.dumps(["a", "b"], indent=2), ["a", "b"]),
             ("p.json", json.dumps(objects, indent=2), ["a\nb", TURNS])):
@@ -2184,6 +2198,8 @@ def test_any_value_of_any_setting_is_accepted_or_a_value_error_that_names_it(nam
 
 def test_every_tenth_prompt_is_held_out_unless_held_out_prompts_are_named(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(["a", "b", "c"] * 7))
+    with pytest.warns(UserWarning, match="knows nothing of other prompts"):
+        rlaif.load_feedback(rlaif.Config(prompts="p.txt"), "cpu", None, gpt2(), letters())
     (tmp_path / "e.txt").write_text("cc\n")
     run = toy_run(tmp_path, prompts=str(tmp_path / "p.txt"))
     assert run.gold is None and run.config.gold is None, "the tiny world's truth is for its own prompts"
@@ -2207,6 +2223,9 @@ def test_each_model_is_held_in_its_own_type(bench, tmp_path, recwarn):
         assert run.policy.dtype == run.reference.dtype == torch.float32
     head = toy_run(tmp_path, policy=gpt2().double()).value.head.weight
     assert head.dtype == torch.float64 and not head.any(), "value_head zero"
+    adapted = gpt2().bfloat16().requires_grad_(False)
+    adapted.own = torch.nn.Parameter(torch.zeros(1))
+    assert toy_run(tmp_path, policy=adapted).value.head.weight.dtype == torch.float32
     assert not [w for w in recwarn if "lose small steps" in str(w.message)]
     folder = save_pair(tmp_path / "policy", modern(LlamaConfig, LlamaForCausalLM).bfloat16(), letters())
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -2223,9 +2242,6 @@ def test_a_tokenizer_of_whole_words_need_not_know_those_of_the_template(tmp_path
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     run = toy_run(tmp_path, tokenizer=tokenizer, template=None, missing_eos_score=math.inf)
     assert len(rlaif.roll_out(run, ["ab", "c"]).responses) == 2
-
-
-# The command line
 
 
 def test_a_copy_of_the_file_alone_says_that_its_default_models_are_not_beside_it(
@@ -2263,8 +2279,7 @@ def test_the_settings_come_from_the_flags_and_the_paths_from_beside_the_file(tmp
 
 
 def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(in_bench, tmp_path, capsys, monkeypatch):
-    """By kill -9, which nothing can catch, in a process of its own: its truth, asked once before the training
-    and then once an iteration, does that when it is asked for the sixth time."""
+    """By kill -9, which nothing can catch: its truth does that when it is asked for the sixth time."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "killer.py").write_text(inspect.cleandoc("""
         import os
@@ -2272,9 +2287,7 @@ def test_a_run_that_is_killed_has_said_how_to_go_on_and_goes_on_so(in_bench, tmp
         def gold(prompts, responses):
             with open("calls", "a") as file:
                 file.write(".")
-            if os.path.getsize("calls") == 6:
-                os.kill(os.getpid(), 9)
-            return [0.5] * len(responses)"""))
+            return [0.5] * len(responses) if os.path.getsize("calls") != 6 else os.kill(os.getpid(), 9)"""))
     for name in ("policy", "preference", "p.txt"):
         os.symlink(in_bench / name, name)
     out, file = pathlib.Path("my runs/it's one"), str(HERE / "rlaif.py")
@@ -2303,17 +2316,7 @@ def test_learning_curves_are_drawn_and_where_matplotlib_is_missing_that_is_said(
     close(lines["kl"].get_xydata(), [[1, 0.2], [2, 0.4]], "a curve shows other numbers")
 
 
-# The tiny world ---------------------------------------------------------------------------------------------
-
-
-@given(st.sampled_from(world.PROMPTS + world.HELDOUT_PROMPTS), st.integers(0, 2**31))
-def test_the_grammar_writes_fluent_replies_and_none_beats_the_best(prompt, seed):
-    reply, best = world.sample_reply(prompt, random.Random(seed)), world.best_reply(prompt)
-    assert world.is_fluent(reply) and world.is_fluent(best)
-    assert not world.is_fluent("") and not world.is_fluent(reply + " take")
-    babble = reply + " " + " ".join(["take"] * 9)
-    worst, middle, top = world.gold_scores([prompt] * 3, [babble, reply, best])
-    assert worst < middle <= top == 3, "babble must cost something"
+# The tiny world, and notebooks ------------------------------------------------------------------------------
 
 
 def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
@@ -2339,8 +2342,6 @@ def test_the_shipped_policy_gets_better_by_the_score_and_by_the_truth():
         ids = tokenizer("Any t\u00e9xt,\n \U0001F600!").input_ids
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "Any t\u00e9xt,\n \U0001F600!"
 
-
-# Notebooks --------------------------------------------------------------------------------------------------
 
 SOURCE = (HERE / "rlaif.py").read_text(encoding="utf-8")
 
@@ -2376,9 +2377,8 @@ def test_readmes_steps_of_rloo_and_grpo_learn_without_a_critic(tmp_path):
         before = weights_of(run.policy)
         assert step(run, ["ab", "c", "ab"])["grad_norm"] > 0 and not all_equal(before, weights_of(run.policy))
         assert run.rollout.prompts == [prompt for prompt in ("ab", "c", "ab") for _ in range(4)]
-    sums = run.rollout.whitened[:, 0].view(3, 4).sum(dim=1)
-    close(sums, torch.zeros(3), "not 0 in a group", atol=1e-5)
-    again, pulled = (copy.deepcopy(run) for _ in "ab")
+    close(run.rollout.whitened[:, 0].view(3, 4).sum(dim=1), torch.zeros(3), "not 0 in a group", atol=1e-5)
+    again, pulled = copy.deepcopy(run), copy.deepcopy(run)
     step(again, ["ab"], beta=0.0), step(pulled, ["ab"], beta=50.0)
     assert not all_equal(weights_of(again.policy), weights_of(pulled.policy)), "no KL in the loss"
 

@@ -1,5 +1,6 @@
 """What tiny_models computes of its runs: verdicts, chords, flaws, the order of the work, alarms."""
 
+import random
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 import rlaif
 from rlaif import preference_loss
-from tiny_models import build
+from tiny_models import build, world
 from tiny_models.experiments import (alarms, feedback, feedback_claims, forest, measurements, protocol, runs,
                                      second_look)
 
@@ -24,9 +25,9 @@ def close(a, b, why, atol=1e-10):
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**31))
 def test_the_account_of_a_preference_loss_adds_up(K, N, seed):
-    random = torch.Generator().manual_seed(seed)
-    answers = torch.rand(K, N, generator=random, dtype=torch.float64)
-    scores = torch.randn(2, N, generator=random, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    answers = torch.rand(K, N, generator=generator, dtype=torch.float64)
+    scores = torch.randn(2, N, generator=generator, dtype=torch.float64)
     label, model = (torch.distributions.Bernoulli(p)
                     for p in (answers.mean(dim=0), torch.sigmoid(scores[0] - scores[1])))
     loss = preference_loss(*scores, label.probs).item()
@@ -101,6 +102,16 @@ def test_a_judge_with_a_flaw_teaches_a_preference_model_from_nothing(monkeypatch
     assert (pairs["prompts"], len(more), none, fewer) == (["of 3", "of 4", "of 5"], 3 * 4096, None, 4)
     for label, arm in feedback_claims.JUDGES.items():
         assert arm.steered and protocol.function_of(arm.settings["preference"]) is not feedback.flawed, label
+
+
+@given(st.sampled_from(world.PROMPTS + world.HELDOUT_PROMPTS), st.integers(0, 2**31))
+def test_the_grammar_writes_fluent_replies_and_none_beats_the_best(prompt, seed):
+    reply, best = world.sample_reply(prompt, random.Random(seed)), world.best_reply(prompt)
+    assert world.is_fluent(reply) and world.is_fluent(best)
+    assert not world.is_fluent("") and not world.is_fluent(reply + " take")
+    babble = reply + " " + " ".join(["take"] * 9)
+    worst, middle, top = world.gold_scores([prompt] * 3, [babble, reply, best])
+    assert worst < middle <= top == 3, "babble must cost something"
 
 
 def test_what_a_run_needs_is_made_before_it_and_once():
