@@ -115,20 +115,22 @@ def settings(source, **others):
         missing_eos_score=float("inf"), adam_epsilon=1e-5, max_grad_norm=1.0, **others)
 
 
-def try_a_fit(source, n=256):
-    """What a preference model learns from n pairs, labelled by the score: of them, and of those held out."""
+def try_a_fit(source, n=672):
+    """What a preference model learns from n pairs, labelled by the score, in one pass: of each before it was
+    fitted to it, and of those held out."""
     run = rlaif.prepare(settings(source), sentiment)
-    score, a, b, odds = manner_score(run.policy, run.tokenizer), [], [], []
-    prompts = (run.prompts * 2)[:n]
-    for start in range(0, n, 16):
-        asked = prompts[start:start + 16]
-        new = [rlaif.respond(run.policy, run.tokenizer, asked, run.config).responses for _ in "ab"]
-        odds += [x - y for x, y in zip(score(asked, new[0]), score(asked, new[1]))]
-        a, b = a + new[0], b + new[1]
+    score, pairs, odds, prompts = manner_score(run.policy, run.tokenizer), [], [], (run.prompts * 4)[:n]
     preference = rlaif.new_preference_model(run.policy, run.tokenizer)
-    rows = [preference.tokenize(prompts, side, [False] * n) for side in (a, b)]
-    report = rlaif.fit_preference(preference, *rows, torch.tensor(odds).sigmoid(), epochs=3,
-                                  learning_rate=5e-5, micro_batch_size=8)
+    torch.manual_seed(0)
+    for start in range(0, n, 32):
+        asked = prompts[start:start + 32]
+        a, b = (rlaif.respond(run.policy, run.tokenizer, asked, run.config) for _ in "ab")
+        odds += [x - y for x, y in zip(score(asked, a.responses), score(asked, b.responses))]
+        pairs += zip(*(preference.tokenize(asked, r.responses, r.ended) for r in (a, b)))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))  # held out are prompts seen, too
+    rows_a, rows_b = zip(*(pairs[i] for i in order))
+    report = rlaif.fit_preference(preference, rows_a, rows_b, torch.tensor(odds).sigmoid()[order], epochs=1,
+                                  learning_rate=1e-4, minibatch_size=16, micro_batch_size=8)
     (OUT / "fit.txt").write_text(f"a preference model fitted to {n} pairs: " + ", ".join(
         f"{name} {number:.3f}" for name, number in report.items()), encoding="utf-8")
 
