@@ -78,16 +78,16 @@ def labels():
     steered. Each preference model passes 12 times over its pairs.
     """
     arms = yield {"4,096 pairs, shipped": STEERED,
-                  **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n))
-                     for n in (512, 1024, 2048)}}
+                  **{f"{n:,} pairs": steered(taught, runs=3, preference=partial(few, n=n))
+                     for n in (512, 1024)}}
     own = without(arms, "4,096 pairs, shipped")
     text, curves = frontier_table(arms), {}
-    for doubled, label in enumerate([*own, "4,096 pairs, shipped"]):
+    for doubled, label in {0: "512 pairs", 1: "1,024 pairs", 3: "4,096 pairs, shipped"}.items():
         for i, gold in arms[label].at_kl().items():
             curves.setdefault(i, []).append((doubled, gold))
-    draw("labels", {"": {i: points for i, points in curves.items() if len(points) > 2}},
+    draw("labels", {"each a run": {i: points for i, points in curves.items() if len(points) > 2}},
          "The first thousand labels buy most of the truth", "labelled pairs", f"gold at {AT_KL} nats",
-         at_kl=False, ticks={0: "512", 1: "1,024", 2: "2,048", 3: "4,096"})
+         at_kl=False, ticks={0: "512", 1: "1,024", 3: "4,096"})
     text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
         [label, mean_and_std(arm.at_beta(0.3, "agrees").values(), 3)]
         for label, arm in own.items() if arm.results])
@@ -168,7 +168,7 @@ def flaws():
     each word more.
     """
     arms = yield JUDGES
-    rows, points, sound = [], {}, arms["sound"].at_kl()
+    rows, points, sound, flaw = [], {}, arms["sound"].at_kl(), ""
     for label, arm in arms.items():
         gold, found = arm.at_kl(), list(arm.results.values())
         if not gold:
@@ -177,8 +177,9 @@ def flaws():
         seen = [mean_and_std([run[name] for run in found]) if name in found[0] else "-"
                 for name in ("labels", "model", "kl", "length", "flattering", "harmful")]
         rows.append([label, *seen[:3], mean_and_std(gold.values()), less, *seen[3:]])
+        flaw = flaw if label.startswith("the same") else label.split(",")[0]
         if "labels" in found[0]:
-            points[label] = {0: [(statistics.mean(run["labels"] for run in found),
+            points[label.replace("the same", flaw)] = {0: [(statistics.mean(run["labels"] for run in found),
                                   statistics.mean(gold.values()))]}
     draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",
          "share of the judge's labels that agree with the truth", f"truth of the policy at {AT_KL} nats",

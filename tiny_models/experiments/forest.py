@@ -30,7 +30,6 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2"),
     "four passes over a batch": ("clip", "4 epochs"),
     "1,024 labelled pairs, not 4,096": ("labels", "1,024 pairs"),
-    "2,048 labelled pairs": ("labels", "2,048 pairs"),
     "512 labelled pairs": ("labels", "512 pairs"),
     "the judge scores, all principles": ("direct", "judge, all principles"),
     "the judge scores, one principle": ("direct", "judge, one principle"),
