@@ -27,7 +27,7 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "critic from the preference model": ("value", "from the preference model"),
     "critic's head at zero": ("value", "shared, head at zero"),
     "GAE with λ 0.95": ("gae", "λ 0.95"),
-    "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2"),
+    "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2, steered"),
     "four passes over a batch": ("clip", "4 epochs"),
     "1,024 labelled pairs, not 4,096": ("labels", "1,024 pairs"),
     "512 labelled pairs": ("labels", "512 pairs"),
