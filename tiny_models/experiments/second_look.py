@@ -49,7 +49,7 @@ def stops(arms):
 
 
 def other_ways(arms):
-    """λ 1 or 0.95; arms that decided a claim until a first look; and what remedies against a judge's flaw do."""
+    """λ 1 or 0.95; arms that decided a claim until a first look; and remedies against a judge's flaw."""
     credit = {i: result for (_, i), result in arms["gae"]["gradient"].results.items()}
     bias = {i: result["bias 0.95"] - result["bias 1"] for i, result in credit.items()}
     spread = {i: 100 * (result["spread 1"] / result["spread 0.95"] - 1) for i, result in credit.items()}
