@@ -1277,7 +1277,7 @@ def load_prompts(run, judge):
                     longest[reader] = max(longest[reader], row + row[-1:] * room, key=len)
     for reader, row in longest.items():
         with trying(f"{reader}: this {type(readers[reader][0]).__name__} cannot be used"), run.autocast():
-            if reader == "preference":
+            if reader == "preference":  # an ended reply beside one that is not
                 score.scores([row, *score.tokenize([prompt, prompt], ["", ""], [True, False])])
             else:
                 require_steady(readers[reader][0], row)
@@ -1393,7 +1393,7 @@ def prepare(config, score=None, gold=None, policy=None, tokenizer=None):
                              tokenizer=tokenizer)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("policy: no parameter of it requires a gradient, so nothing can be learned")
-    if any(p.dtype.itemsize < 4 for p in policy.parameters() if p.requires_grad):  # as the file has it, say
+    if any(p.dtype.itemsize < 4 for p in policy.parameters() if p.requires_grad):  # the file's own type
         warnings.warn(f"policy: weights in {policy.dtype} lose small steps; load it in float32", stacklevel=3)
     reference, first = None, f"{config.resume}/reference"  # what a policy that was passed in once was
     if path := config.reference or ("policy" in passed and os.path.isdir(first) and first):

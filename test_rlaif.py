@@ -686,8 +686,8 @@ def test_a_score_is_one_finite_number_for_each_bare_prompt_and_response(tmp_path
         prompts.clear(), responses.clear(), torch.set_grad_enabled(True)
         return shared.copy_(torch.tensor(count_a(*seen[0])))
     with torch.no_grad():
-        scores = rlaif.score_responses(run, score, "score")
-        assert not torch.is_grad_enabled() and shared.zero_() is not scores
+        scores, _ = rlaif.score_responses(run, score, "score"), shared.zero_()
+        assert not torch.is_grad_enabled(), "torch's mode is the caller's"
     assert seen == [kept] == [(r.prompts, r.responses)], "a score gets copies of bare prompts and responses"
     assert scores.dtype == rlaif.score_responses(run, lambda *_: [1] * 6, "score").dtype == torch.float32
     close(scores, torch.tensor(count_a(*kept)), "scores are not in the order of the responses", atol=1e-6)

@@ -120,15 +120,16 @@ def try_a_fit(source, n=672):
     fitted to it, and of those held out."""
     run = rlaif.prepare(settings(source), sentiment)
     score, pairs, odds, prompts = manner_score(run.policy, run.tokenizer), [], [], (run.prompts * 4)[:n]
-    preference = rlaif.new_preference_model(run.policy, run.tokenizer)
     torch.manual_seed(0)
     for start in range(0, n, 32):
         asked = prompts[start:start + 32]
         a, b = (rlaif.respond(run.policy, run.tokenizer, asked, run.config) for _ in "ab")
         odds += [x - y for x, y in zip(score(asked, a.responses), score(asked, b.responses))]
-        pairs += zip(*(preference.tokenize(asked, r.responses, r.ended) for r in (a, b)))
+        pairs += zip(*(rlaif.encode(run.tokenizer, asked, None, r.responses, r.ended) for r in (a, b)))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))  # held out are prompts seen, too
     rows_a, rows_b = zip(*(pairs[i] for i in order))
+    torch.manual_seed(0)
+    preference = rlaif.new_preference_model(run.policy, run.tokenizer)
     report = rlaif.fit_preference(preference, rows_a, rows_b, torch.tensor(odds).sigmoid()[order], epochs=1,
                                   learning_rate=1e-4, minibatch_size=16, micro_batch_size=8)
     (OUT / "fit.txt").write_text(f"a preference model fitted to {n} pairs: " + ", ".join(

@@ -179,8 +179,8 @@ def flaws():
         rows.append([label, *seen[:3], mean_and_std(gold.values()), less, *seen[3:]])
         flaw = flaw if label.startswith("the same") else label.split(",")[0]
         if "labels" in found[0]:
-            points[label.replace("the same", flaw)] = {0: [(statistics.mean(run["labels"] for run in found),
-                                  statistics.mean(gold.values()))]}
+            agree = statistics.mean(run["labels"] for run in found)
+            points[label.replace("the same", flaw)] = {0: [(agree, statistics.mean(gold.values()))]}
     draw("flaws", points, "How many labels a flaw spoils says little about what the policy loses",
          "share of the judge's labels that agree with the truth", f"truth of the policy at {AT_KL} nats",
          at_kl=False)
