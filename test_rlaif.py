@@ -371,6 +371,9 @@ def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands
         scores = w.preference(prompts * 80, responses * 80, ended * 80)  # more than one pass takes
     # Any two of these four scores lie 0.01 and more apart.
     close(scores, alone * 80, "read at padding, before the end, or of another text", atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = torch.tensor(w.preference(prompts, responses, ended))
+    assert (half != half.bfloat16()).any(), "the head must not run in bfloat16"
     assert w.preference.forward([ids]).requires_grad, "`forward` is what the fit learns through"
     assert not w.preference.scores([ids]).requires_grad, "`scores` only measures"
     all_ended, none_ended = (w.preference(prompts, responses, [end] * 4) for end in (True, False))
@@ -380,8 +383,9 @@ def test_a_score_is_the_head_at_the_end_of_the_models_own_tokens_whatever_stands
     for bad in ((["A", "B"], ["a", "b"], [True]), (["A", "B"], ["a"], [True])):
         with pytest.raises(ValueError):  # not one of each
             w.preference(*bad)
-    with pytest.warns(UserWarning, match="reply is cut"):
-        assert w.preference(["A"], ["c" * 90]) == w.preference(["A"], ["c" * 77]), "it ends with the context"
+    with pytest.warns(UserWarning, match="reply is cut") as once:
+        assert w.preference(["A"], ["c" * 90]) == w.preference(["A"], ["c" * 75]), "it ends with the context"
+    assert len(once) == 1, "what fits is not cut"
 
 
 def test_a_text_keeps_the_bos_that_its_tokenizer_adds_loses_the_eos_and_may_fill_the_context():
@@ -475,8 +479,9 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     with pytest.raises(ValueError):  # it cannot tell any text from another
         rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
     defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
-    assert [defaults[name].default for name in ("epochs", "learning_rate", "centering")] == [
-        config.preference_epochs, config.preference_learning_rate, 0.01]
+    named = "epochs", "learning_rate", "centering", "minibatch_size"
+    assert [defaults[name].default for name in named] == [
+        config.preference_epochs, config.preference_learning_rate, 0.01, 64]
 
 
 def test_a_preference_model_is_fitted_to_what_the_judge_said_of_its_pairs(monkeypatch, capsys, recwarn):
@@ -515,6 +520,7 @@ def test_a_preference_model_is_fitted_to_what_the_judge_said_of_its_pairs(monkey
         assert 0 < sum(end for *_, end in said) < 302, "some should have ended, others not"
     assert preference.template == w.config.template and preference.tokenizer is w.tokenizer
     assert preference.chunk == 20 and max(read[:-1]) == 5, "what it reads at once grows with micro_batch_size"
+    assert len(drawn[0].prompts) == 4 * 8, "what is written at once grows with the batch"
     assert len(rates) == 6 * 5 and rates[0] == 4e-3, "preference_epochs or its learning rate is another"
     scores = preference.scores(report["rows_a"] + report["rows_b"])
     agreement = torch.corrcoef(torch.stack([scores, torch.tensor(count_a([], a + b))]))[0, 1]
@@ -599,7 +605,8 @@ def test_generate_samples_from_the_policy_at_its_temperature_and_nothing_else():
 def test_generate_draws_from_all_tokens_in_float32_with_torchs_own_random_numbers(monkeypatch):
     model, ids, dtypes, graphs = gpt2(80), torch.tensor([[0, 1]] * 5000), [], []
     rarest, multinomial = model(ids[:1]).logits[0, -1].argsort()[:3], torch.multinomial  # 0.5 % of draws
-    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    model.register_forward_hook(lambda *given: graphs.append(
+        torch.is_grad_enabled() or given[-1].logits.shape[1] > 1))
     monkeypatch.setattr(torch, "multinomial", lambda x, *more, **named: (
         dtypes.append(x.dtype), multinomial(x, *more, **named))[1])
 
@@ -610,7 +617,7 @@ def test_generate_draws_from_all_tokens_in_float32_with_torchs_own_random_number
     assert torch.equal(draw(), draw(1.0)), "the same seed gives the same tokens, by default at temperature 1"
     model.bfloat16(), draw()
     assert {*dtypes} == {torch.float32}, "probabilities in half precision are too coarse"
-    assert not any(graphs), "sampling must not keep the graph of every step"
+    assert not any(graphs), "sampling needs no graph, nor the prompt's logits"
 
 
 @pytest.mark.parametrize("eos,pad", [(0, 2), ([EOS], EOS), ([EOS, 1], 2), ([0, 1, 2, EOS], 1), (None, 2)])
@@ -1054,7 +1061,6 @@ def rollout_by_hand(w, run, rollout):
         run.policy, run.reference, run.value, run.score.model))
     ends, eos = [POLICY_WORDS.index(word) for word in ("!", "<eos>")], w.tokenizer.eos_token_id
     x, ended, texts, raw = collections.defaultdict(list), [], [], []
-
     # 4 to 6. What was written, and what the models say of it.
     for prompt, row in zip(rollout.prompts, rollout.tokens.tolist()):
         read = [POLICY_WORDS.index(word) for word in w.read[w.prompts.index(prompt)]]
@@ -1075,7 +1081,6 @@ def rollout_by_hand(w, run, rollout):
         x["entropy"].append(pi.entropy())
         d = x["logprobs"][-1] - x["ref_logprobs"][-1]
         x["kl"].append({"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_estimator])
-
     # 7. Scores, whitened over the finished responses, and rewards: what each token adds to the score so far,
     # less its price.
     finished, mean, std = [end or config.missing_eos_score == math.inf for end in ended], 0.0, 1.0
@@ -1090,7 +1095,6 @@ def rollout_by_hand(w, run, rollout):
         at_end = f64(*[0.0] * (len(kl) - 1), 1.0)
         price = {"token": kl, "sequence": at_end * row_kl[b], "batch": at_end * row_kl.mean()}
         x["rewards"].append(added - run.beta * price[config.kl_level])
-
     # 8. Advantages.
     for rewards, values in zip(x["rewards"], x["values"]):
         errors = rewards + config.gamma * torch.cat([values[1:], f64(0.0)]) - values
@@ -1137,7 +1141,6 @@ def test_a_rollout_and_its_metrics_are_what_the_equations_say(tmp_path, device, 
             assert found.shape == r.tokens.shape == expected.shape, f"{name} has another shape"
             found = torch.where(r.mask, found, 0)
         close(found, expected, f"{name} is not what the equations say", atol=1e-4)
-
     metrics, real = rlaif.update(run, r), hand["mask"].sum()
     kl = (hand["logprobs"] - hand["ref_logprobs"]).sum() / 8
     used = hand["score_mean"] + hand["score_std"] * statistics.fmean(hand["scores"])
@@ -1561,7 +1564,6 @@ def test_evaluation_measures_the_policy_and_moves_nothing_of_the_run(tmp_path):
     assert rlaif.evaluate(run)[1] == replies, "the same policy must give the same replies"
     assert rlaif.evaluate(run, ["ba"], at_most=7)[1] == rlaif.evaluate(run, ["ba"] * 7, at_most=7)[1]
     assert rlaif.evaluate(run, at_most=101)[1][100]["prompt"] == "c"
-
     lengths = [row["length"] for row in replies]
     assert len(set(lengths)) > 1, "replies of one length would not tell a mean from a mean of means"
     for name in ("score", "gold", "kl", "length", "eos_fraction"):
@@ -1631,7 +1633,6 @@ def bench(tmp_path_factory):
     save_pair(folder / "judge", judge, judge_tokenizer)
     save_pair(folder / "odd judge", judge, random_judge(chat_template="{{ messages[7].content + 1 }}")[1])
     save_pair(folder / "nan judge", spoilt(judge), judge_tokenizer)
-
     for file in (folder / "no tokenizer").glob("*token*"):
         file.unlink()
     own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
@@ -1856,7 +1857,6 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     assert other.decode(rows[1]) == "<s><p>user\nhi</p><p>assistant\nok"
     expected = [other.decode(row) for row in score.tokenize(r.prompts, r.responses, r.ended.tolist())]
     assert sorted(by_score) == sorted(expected)
-
     _, data = rlaif.preference_from_judge(config, policy, own, judge, third, ["be kind."], [TURNS, "hi"])
     lines = "System: be kind\nUser: hi\nAssistant: yes\nUser: why"
     i = data["prompts"].index(TURNS)
