@@ -421,12 +421,12 @@ def test_a_new_preference_model_is_the_policys_trunk_under_a_random_head():
 def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_never_saw():
     """Every step: which pairs it reads, its gradient, cut to length 1, its rate. Then scale and report."""
     preference = rlaif.new_preference_model(gpt2(seed=7), letters(), "{prompt}")
-    texts = TEXTS + ["abca", "cabb", "bccc", "aaaa"]  # the last four are held out, and longer
-    a, b = (preference.tokenize([prompt] * 44, texts, [True] * 44) for prompt in "ab")
+    texts = TEXTS[1:] + ["abca", "cabb", "bccc", "aaaa"]  # the last four of 43 are held out, and longer
+    a, b = (preference.tokenize([prompt] * 43, texts, [True] * 43) for prompt in "ab")
     b = b[5:] + b[:5]
     index = {tuple(row): i for rows in (a, b) for i, row in enumerate(rows)}  # all rows are different
     torch.manual_seed(0)
-    p = torch.cat([torch.rand(40), torch.tensor([0.02, 0.97, 0.75, 0.9])])
+    p = torch.cat([torch.rand(39), torch.tensor([0.02, 0.97, 0.75, 0.9])])
     model, forward, read, steps, heads = preference.model, preference.forward, [], [], []
 
     def noted(rows):
@@ -457,8 +457,8 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
         hook.remove()
     picked, losses, rates = zip(*steps)
     epochs = [sum(picked[i:i + 3], []) for i in (0, 3, 6)]
-    assert [len(rows) for rows in picked] == [16, 16, 8] * 3 and epochs[0] != epochs[1] and all(
-        sorted(rows) == [*range(40)] for rows in epochs), "an epoch is all pairs but the last tenth, shuffled"
+    assert [len(rows) for rows in picked] == [16, 16, 7] * 3 and epochs[0] != epochs[1] and all(
+        sorted(rows) == [*range(39)] for rows in epochs), "an epoch is all pairs but the last tenth, shuffled"
     close(rates, [2e-2 * (1 - i / 9) for i in range(9)], "the rate falls linearly to 0 over all steps")
     d = preference.scores(a) - preference.scores(b)
     # Over n or n - 1 is no matter: 0.6 %. Over the training pairs alone it would be off by STD %.
@@ -467,7 +467,7 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     for name, expected in {
             "loss": bce(before[-4:], p[-4:]), "train_loss": statistics.fmean(losses[6:]),
             "entropy": torch.distributions.Bernoulli(p).entropy().mean(),
-            "accuracy": ((d > 0) == (p > 0.5))[[40, 41, 43]].float().mean()}.items():
+            "accuracy": ((d > 0) == (p > 0.5))[[39, 40, 42]].float().mean()}.items():
         close(report[name], expected, f"{name}: of other pairs or epochs, or after the scaling?", atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         report = rlaif.fit_preference(preference, a[:2], b[:2], p[-2:], epochs=1, learning_rate=0.1)
@@ -538,8 +538,9 @@ def test_logits_and_values_have_read_the_prompt_and_the_tokens_before_their_own(
     policy, trunk = ARCHITECTURES[architecture]().to(device), gpt2(seed=1, n_embd=24).base_model.to(device)
     prompts, replies = [[0, 1, 2, 1, 0], [2], [1, 0]], [[1, EOS], [0, 2, 2, 1], [EOS]]
     (ids, attention), (tokens, mask) = rlaif.pad(prompts, "left", policy), rlaif.pad(replies, "right", policy)
-    inputs = ids, attention, tokens, mask.bool()
-    assert rlaif.response_logits(policy, *inputs)[1] is None
+    inputs, kept = (ids, attention, tokens, mask.bool()), []
+    with policy.register_forward_hook(lambda _, __, out: kept.append(out.logits.shape[1])):
+        assert rlaif.response_logits(policy, *inputs)[1] is None and kept == [5], "needless logits"
     for value in (rlaif.ValueFunction(32, head="random"), rlaif.ValueFunction(24, trunk, "random")):
         with nowhere():
             logits, values = rlaif.response_logits(policy, *inputs, value.to(device))
@@ -1508,8 +1509,7 @@ def test_values_worse_than_none_for_five_iterations_are_warned_of_by_name(tmp_pa
             warnings.simplefilter("always")
             rlaif.record(run, {"eos_fraction": 1.0, "clip_fraction": 0.0, "explained_variance": explained})
         warned.append(any("value_head" in str(warning.message) for warning in said))
-    assert warned == [False] * 9 + [True] + [False] * 7, "once, after the fifth in a row below -0.5"
-    assert run.poor_values == 4, "where all scores are alike there is nothing to be explained"
+    assert (warned, run.poor_values) == ([False] * 9 + [True] + [False] * 7, 4), "once, after five in a row"
 
 
 def test_the_loop_makes_every_new_tensor_where_its_inputs_are(tmp_path, monkeypatch):
@@ -1536,8 +1536,8 @@ def test_what_stops_being_finite_stops_the_run_and_names_the_iteration(tmp_path)
         return [math.nan if len(calls) == 3 else 1.0 + i for i in range(len(responses))]
     with pytest.raises(FloatingPointError, match="iteration 3: .*score.*checkpoint is in .*run"):
         toy_train(tmp_path, score=score, out=out, save_every=1, missing_eos_score=math.inf, ppo_epochs=1)
-    with pytest.raises(FloatingPointError, match="iteration 1: .*score"):  # the square is infinite
-        toy_train(tmp_path, score=lambda p, r: [3e19] + [1.0] * (len(r) - 1))
+    with pytest.raises(FloatingPointError, match="iteration 1: .*score"):  # the sum of squares is
+        toy_train(tmp_path, score=lambda p, r: [1.5e19, -1.5e19] + [1.0] * (len(r) - 2))
     policy = gpt2()
     policy.lm_head.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(FloatingPointError, match="iteration 1: the gradient"):
@@ -1599,7 +1599,6 @@ def test_a_token_table_has_the_numbers_of_its_row_and_fits_a_terminal(tmp_path):
 
 
 def test_no_setting_is_ignored():
-    """That each does what it says is proven where it is used."""
     for field in dataclasses.fields(rlaif.Config):
         assert re.search(rf"\bconfig\.{field.name}\b", SOURCE), f"nothing reads {field.name}"
 
@@ -1864,7 +1863,6 @@ def test_each_model_reads_a_conversation_in_its_own_template_with_one_bos(tmp_pa
     question = {"role": "user", "content": f"be kind.\n{lines}\n(A) {a}\n(B) {b}\nThe better response is:"}
     assert chat([question], "<j>", "</j>") + "<j>assistant\n" in by_judge
     assert own.decode(data["rows_a"][i]).startswith(asked + data["responses_a"][i])
-
     # A template of one's own, or a model without one: the turns before the last one stand as lines before it.
     plain = chat_tokenizer(template=None)
     for tokenizer, template in ((own, "<s>User: {prompt}\nAssistant:"), (plain, None)):
@@ -1972,10 +1970,12 @@ def test_a_judge_whose_first_labels_are_near_chance_is_warned_of(monkeypatch, re
         worth.update(same=same, first=first, hold=hold)
         return torch.linspace(0, 1, len(args[3]))
     monkeypatch.setattr(rlaif, "judge_pairs", judged)
+    report = {"loss": 0.6885 if near_chance else 0.6878, "train_loss": 0.6, "entropy": 0.6, "accuracy": 1.0}
+    monkeypatch.setattr(rlaif, "fit_preference", lambda *args, **more: report)  # ln 2 - 0.005 is 0.6881
     w = uneven_world()
     rlaif.preference_from_judge(w.config, w.policy, w.tokenizer, None, None, ["be kind"], w.prompts)
     said = "".join(str(warning.message) for warning in recwarn)
-    assert ("judge is near chance" in said) == near_chance and "knows nothing of the held-out pairs" in said
+    assert ("judge is near chance" in said) == ("nothing of the held-out pairs" in said) == near_chance
 
 
 @pytest.mark.filterwarnings("ignore")
