@@ -472,16 +472,16 @@ def test_a_fit_goes_down_the_loss_of_its_own_pairs_and_reports_on_those_that_it_
     with torch.autocast("cpu", torch.bfloat16):
         report = rlaif.fit_preference(preference, a[:2], b[:2], p[-2:], epochs=1, learning_rate=0.1)
         scores = preference.scores(a)
-    assert report["accuracy"] in (0.0, 1.0), "of two pairs one is held out"
+    assert report["accuracy"] in (0, 1) and {*map(type, report.values())} == {float}, "of two one is held out"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(scores, preference.scores(a)), "autocast has kept weights from before a step"
         assert forward(a).dtype == torch.float32, "the loss is float32 at least"
     with pytest.raises(ValueError):  # it cannot tell any text from another
         rlaif.fit_preference(preference, a[:1] * 40, a[:1] * 40, torch.full((40,), 0.5), epochs=1)
     defaults, config = inspect.signature(rlaif.fit_preference).parameters, rlaif.Config()
-    named = "epochs", "learning_rate", "centering", "minibatch_size"
+    named = "epochs", "learning_rate", "centering", "minibatch_size", "micro_batch_size"
     assert [defaults[name].default for name in named] == [
-        config.preference_epochs, config.preference_learning_rate, 0.01, 64]
+        config.preference_epochs, config.preference_learning_rate, 0.01, 64, config.micro_batch_size]
 
 
 def test_a_preference_model_is_fitted_to_what_the_judge_said_of_its_pairs(monkeypatch, capsys, recwarn):
