@@ -10,8 +10,8 @@ from functools import partial
 from tiny_models import world
 from tiny_models.experiments.feedback import all_answers, cut_off, drawn, few, planted, pooled, share
 from tiny_models.experiments.measurements import aged, followed, refitted, spoiled, taught
-from tiny_models.experiments.protocol import (AT_KL, DEFAULT, STEERED, Arm, compare, compare_gold, steered,
-                                              without)
+from tiny_models.experiments.protocol import (AT_KL, DEFAULT, OWN_FEEDBACK, Arm, compare, compare_gold,
+                                              steered)
 from tiny_models.experiments.runs import ensemble, judged_directly, levelled, renewed, told, watched
 from tiny_models.experiments.tables import draw, frontier_table, markdown, mean_and_std
 
@@ -22,28 +22,33 @@ def dense():
     """An AI reward can be had for every prefix, and dense feedback helps.
 
     Decides: gold at the same KL, dense less terminal, the dense one of a preference model fitted to prefixes
-    too. Until a first look it was a model that had never seen a prefix. At λ 1 a dense score can change the
-    variance alone, so both are there at λ 0.95 too, steered, with the model fitted to prefixes.
+    too, both steered. Until a first look it was a model that had never seen a prefix, and until a second one
+    on the lines between prices. At λ 1 a dense score can change the variance alone, so both are there at λ
+    0.95 too, with the model fitted to prefixes.
     """
     every_prefix = {"dense_reward": True}
-    arms = yield {"terminal": DEFAULT, "dense": Arm(every_prefix, runs=6),
-                  "dense, fitted to prefixes": Arm({**every_prefix, "preference": cut_off}),
+    arms = yield {"terminal": OWN_FEEDBACK,
+                  "dense": steered(runs=3, preference=all_answers, **every_prefix),
+                  "dense, fitted to prefixes": steered(preference=cut_off, **every_prefix),
                   "terminal, λ 0.95": steered(runs=3, preference=cut_off, lam=0.95),
                   "dense, λ 0.95": steered(runs=3, preference=cut_off, lam=0.95, **every_prefix)}
+    at_95 = compare("", arms["dense, λ 0.95"].at_kl(), arms["terminal, λ 0.95"].at_kl())
+    text = f"{frontier_table(arms)}\n\nAt λ 0.95, on one model, dense less terminal: {at_95.numbers()}."
     return compare_gold("dense, fitted to prefixes, less terminal", arms["dense, fitted to prefixes"],
-                        arms["terminal"]), frontier_table(arms)
+                        arms["terminal"]), text
 
 
 def direct():
     """The judge itself can give the reward, with no preference model between.
 
-    Decides: gold at the same KL, judge (asked under every principle) less preference model. Until a first
-    look it was the judge under one principle, drawn for each comparison: a noisier number.
+    Decides: gold at the same KL, judge (asked under every principle) less preference model, both steered.
+    Until a first look it was the judge under one principle, drawn for each comparison: a noisier number; and
+    until a second one on the lines between prices.
     """
     under_one, under_all = (partial(judged_directly, principles=n) for n in ("one", "all"))
-    arms = yield {"preference model": DEFAULT,
-                  "judge, one principle": Arm({}, (0.04, 0.07, 0.15), 6, under_one),
-                  "judge, all principles": Arm({}, (0.05, 0.08, 0.15, 0.3), 3, under_all)}
+    arms = yield {"preference model": OWN_FEEDBACK,
+                  "judge, one principle": steered(under_one, 0.07),
+                  "judge, all principles": steered(under_all, 0.1)}
     return compare_gold("judge (all principles) less preference model", arms["judge, all principles"],
                         arms["preference model"]), frontier_table(arms)
 
@@ -74,24 +79,23 @@ def principles():
 def labels():
     """Fewer labelled pairs teach the policy less.
 
-    Decides: gold at the same KL, 4,096 pairs (the shipped preference model) less 512 of the run's own, all
-    steered. Each preference model passes 12 times over its pairs.
+    Decides: gold at the same KL, 4,096 pairs less 512, all of the run's own and steered. Each preference
+    model passes 12 times over its pairs. (Until a second look the 4,096 were the shipped model's.)
     """
-    arms = yield {"4,096 pairs, shipped": STEERED,
-                  **{f"{n:,} pairs": steered(taught, runs=3, preference=partial(few, n=n))
-                     for n in (512, 1024)}}
-    own = without(arms, "4,096 pairs, shipped")
+    arms = yield {"4,096 pairs": OWN_FEEDBACK,
+                  **{f"{n:,} pairs": steered(taught, preference=partial(few, n=n))
+                     for n in (512, 1024, 2048)}}
     text, curves = frontier_table(arms), {}
-    for doubled, label in {0: "512 pairs", 1: "1,024 pairs", 3: "4,096 pairs, shipped"}.items():
+    for doubled, label in enumerate(("512 pairs", "1,024 pairs", "2,048 pairs", "4,096 pairs")):
         for i, gold in arms[label].at_kl().items():
             curves.setdefault(i, []).append((doubled, gold))
     draw("labels", {"each a run": {i: points for i, points in curves.items() if len(points) > 2}},
          "The first thousand labels buy most of the truth", "labelled pairs", f"gold at {AT_KL} nats",
-         at_kl=False, ticks={0: "512", 1: "1,024", 3: "4,096"})
+         at_kl=False, ticks={0: "512", 1: "1,024", 2: "2,048", 3: "4,096"})
     text += "\n\n" + markdown(["fitted to", "preference model agrees with gold"], [
-        [label, mean_and_std(arm.at_beta(0.3, "agrees").values(), 3)]
-        for label, arm in own.items() if arm.results])
-    return compare_gold("4,096 pairs less 512", arms["4,096 pairs, shipped"], arms["512 pairs"]), text
+        [label, mean_and_std(arm.at_beta(0.3, "model" if label == "4,096 pairs" else "agrees").values(), 3)]
+        for label, arm in arms.items() if arm.results])
+    return compare_gold("4,096 pairs less 512", arms["4,096 pairs"], arms["512 pairs"]), text
 
 
 def stale():
@@ -145,7 +149,7 @@ def judge_that(flaw, strength, runs=6, make=spoiled, labels=planted, **remedy):
 
 
 JUDGES = {
-    "sound": steered(spoiled, preference=all_answers),
+    "sound": OWN_FEEDBACK,
     "prefers the first, 3 nats": judge_that("position", 3),
     "the same, asked in both orders": judge_that("position", 3, remedy="both"),
     "likes long replies, 0.6 nats a word": judge_that("length", 0.6),

@@ -1,15 +1,16 @@
 """All arms beside the default run, in one table and one picture.
 
-A steered arm is set beside the steered default, and a judge's flaw beside a sound judge, each run with a
-preference model of its own. Any other arm is taken at its own point nearest AT_KL, and the default, which has
-five prices, on its line at that KL: a line between two prices lies below a curve, and would make an arm
-without a price near AT_KL look worse than it is.
+A steered arm is set beside the steered default; where the feedback is the question, beside the one whose
+runs have preference models of their own. Any other arm is taken at its own point nearest AT_KL, and the
+default, which has five prices, on its line at that KL: a line between two prices lies below a curve, and
+would make an arm without a price near AT_KL look worse than it is.
 """
 
 import math
 import statistics
 
-from tiny_models.experiments.protocol import AT_KL, DEFAULT, STEERED, Verdict, compare, interpolate
+from tiny_models.experiments.protocol import (AT_KL, DEFAULT, OWN_FEEDBACK, STEERED, Verdict, compare,
+                                              interpolate)
 from tiny_models.experiments.tables import canvas, markdown, mean_and_std, save
 
 ARMS = {  # what an outsider would call it: the claim that it belongs to, its label there
@@ -29,7 +30,8 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "GAE with λ 0.95": ("gae", "λ 0.95"),
     "one plain step a batch, twice the rate": ("clip", "REINFORCE × 2, steered"),
     "four passes over a batch": ("clip", "4 epochs"),
-    "1,024 labelled pairs, not 4,096": ("labels", "1,024 pairs"),
+    "2,048 labelled pairs, not 4,096": ("labels", "2,048 pairs"),
+    "1,024 labelled pairs": ("labels", "1,024 pairs"),
     "512 labelled pairs": ("labels", "512 pairs"),
     "the judge scores, all principles": ("direct", "judge, all principles"),
     "the judge scores, one principle": ("direct", "judge, one principle"),
@@ -66,11 +68,12 @@ def beside_default(arms, default, verdicts):
     for name, (claim, label) in ARMS.items():
         arm = arms[claim][label]
         if arm.steered:
-            held = arms["flaws"]["sound"] if claim == "flaws" else STEERED
+            held = STEERED if claim in ("loss", "critic", "clip") else OWN_FEEDBACK
             less = compare("", arm.at_kl(), held.at_kl())
-            both, used = arm.results.keys() & held.results.keys(), len(less.differences)
+            ends, others = ({i: result["kl"] for (_, i), result in x.results.items()} for x in (arm, held))
+            both, used = sorted(ends.keys() & others.keys()), len(less.differences)
             less.compared = f"{used} of {len(both)}" if used < len(both) else ""
-            found[name] = [arm.results[at]["kl"] for at in sorted(both)], less, None
+            found[name] = [ends[i] for i in both], less, None
             continue
         near = {i: min(points, key=lambda point: abs(point[0] ** 2 - AT_KL))
                 for i, points in arm.curves().items()}

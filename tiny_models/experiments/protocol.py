@@ -10,7 +10,8 @@
                default has no points cannot be compared.
     fresh      Run i has seed 1000 + i, which chose no default, and a preference model of its own: pairs,
                labels and fit. So the noise of the AI feedback is in the intervals, and not PPO's alone. (The
-               steered arms compare optimizers; they all take the shipped preference model.)
+               steered arms that compare optimizers all take the shipped preference model; those that ask
+               about the feedback have OWN_FEEDBACK in STEERED's place.)
     by rule    The difference of two arms, paired over the runs, with its 95 % interval by Student's t. It
                holds if the whole interval is above zero; the reverse holds if it is below; if neither, but
                all of it is nearer to zero than ENOUGH points of gold, there is no difference that matters;
@@ -109,6 +110,7 @@ EVERY_PRICE = 0.15, 0.2, 0.3, 0.4, 0.6  # at which the default was run
 CURVE = Arm({}, EVERY_PRICE, 6)
 STEER = {"beta_control": "batch", "kl_target": AT_KL, "kl_horizon": 200.0}  # found on seed 42, in no arm
 STEERED = Arm({**STEER, "preference": shipped}, (0.3,), 6)
+OWN_FEEDBACK = Arm({**STEER, "preference": all_answers}, (0.3,), 6, spoiled)  # each run fitted to its own
 SOUND = Arm({"preference": all_answers}, runs=6, make=alarmed)
 BEST = Arm(betas=(0.3,), runs=6, make=best_of_n)
 

@@ -6,7 +6,7 @@ import statistics
 
 from tiny_models.experiments.alarms import FLAWS, first_ring, kept, loudest
 from tiny_models.experiments.forest import beside_default, draw_forest, forest_table
-from tiny_models.experiments.protocol import CURVE, DEFAULT, compare
+from tiny_models.experiments.protocol import CURVE, OWN_FEEDBACK, compare
 from tiny_models.experiments.runs import LOOK_EVERY
 from tiny_models.experiments.tables import mean_and_std, markdown
 
@@ -56,9 +56,9 @@ def other_ways(arms):
     found = {"bias of the gradient at λ 0.95, less at λ 1": (bias, dict.fromkeys(bias, 0)),
              "spread of the gradient at λ 1, % more than at λ 0.95": (spread, dict.fromkeys(spread, 0)),
              "gold, judge under one principle, less preference model": (
-                 arms["direct"]["judge, one principle"].at_kl(), DEFAULT.at_kl()),
+                 arms["direct"]["judge, one principle"].at_kl(), OWN_FEEDBACK.at_kl()),
              "gold, dense score of prefixes never seen, less terminal": (
-                 arms["dense"]["dense"].at_kl(), DEFAULT.at_kl())}
+                 arms["dense"]["dense"].at_kl(), OWN_FEEDBACK.at_kl())}
     judges = arms["flaws"]
     for flaw, remedies in {
             "noisy, std 8": ("three times the pairs", "mean of three models", "minimum of three"),
