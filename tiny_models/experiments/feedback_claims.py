@@ -122,8 +122,9 @@ def stale():
 def renewal():
     """Feedback that is renewed while the policy moves teaches it more, with as many pairs and iterations.
 
-    Decides: gold at the same KL, two rounds less one. Beside it what there is to gain, by the truth itself as
-    the score, and what renewal does without a price of KL.
+    Decides: gold at the same KL, two rounds less one, both steered; until a second look it was on the lines
+    between prices. Beside it what there is to gain, by the truth itself as the score, and what renewal does
+    without a price of KL.
     """
     prices = 0.2, 0.3, 0.4  # the same, so that a straight line takes as much from each
     half, quarter = ({"preference": partial(share, n=n)} for n in (2048, 1024))
@@ -132,12 +133,13 @@ def renewal():
         "one round": Arm({}, prices, 6), "two rounds": Arm(half, prices, 6, twice),
         "four rounds": Arm(quarter, prices, 3, four_times), "the truth": Arm({}, (0.1, 0.2, 0.4), 3, told),
         "one round, no price": Arm({"iterations": 110}, (0.0,), 6, watched),
-        "four rounds, no price": Arm({**quarter, "iterations": 110}, (0.0,), 3, four_times)}
+        "four rounds, no price": Arm({**quarter, "iterations": 110}, (0.0,), 3, four_times),
+        "one round, steered": OWN_FEEDBACK, "two rounds, steered": steered(twice, **half)}
     free = "one round, no price", "four rounds, no price"
     one, four = (arms[label].at_beta(0.0) for label in free)
     text = frontier_table(arms)
     text += f"\n\nWithout a price, gold of four rounds less one: {compare('', four, one).numbers()}."
-    return compare_gold("two rounds less one", arms["two rounds"], arms["one round"]), text
+    return compare_gold("two rounds less one", arms["two rounds, steered"], arms["one round, steered"]), text
 
 
 # %% A judge's flaws: each of its answers is bent in log-odds, see `bend` in feedback.py

@@ -39,7 +39,7 @@ ARMS = {  # what an outsider would call it: the claim that it belongs to, its la
     "a score for prefixes never seen": ("dense", "dense"),
     "one principle a pair, as many questions": ("principles", "one, as many questions"),
     "one principle a pair, as many pairs": ("principles", "one, as many pairs"),
-    "labels in two rounds": ("renewal", "two rounds"),
+    "labels in two rounds": ("renewal", "two rounds, steered"),
     "hard labels": ("flaws", "hard labels"),
     "judge prefers the first, asked once": ("flaws", "prefers the first, 3 nats"),
     "judge prefers the first, asked both ways": ("flaws", "the same, asked in both orders"),
