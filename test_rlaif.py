@@ -604,9 +604,9 @@ def test_generate_samples_from_the_policy_at_its_temperature_and_nothing_else():
 
 
 def test_generate_draws_from_all_tokens_in_float32_with_torchs_own_random_numbers(monkeypatch):
-    model, ids, dtypes, graphs = gpt2(80), torch.tensor([[0, 1]] * 5000), [], []
+    model, ids, dtypes, wasted = gpt2(80), torch.tensor([[0, 1]] * 5000), [], []
     rarest, multinomial = model(ids[:1]).logits[0, -1].argsort()[:3], torch.multinomial  # 0.5 % of draws
-    model.register_forward_hook(lambda *given: graphs.append(
+    model.register_forward_hook(lambda *given: wasted.append(
         torch.is_grad_enabled() or given[-1].logits.shape[1] > 1))
     monkeypatch.setattr(torch, "multinomial", lambda x, *more, **named: (
         dtypes.append(x.dtype), multinomial(x, *more, **named))[1])
@@ -618,7 +618,7 @@ def test_generate_draws_from_all_tokens_in_float32_with_torchs_own_random_number
     assert torch.equal(draw(), draw(1.0)), "the same seed gives the same tokens, by default at temperature 1"
     model.bfloat16(), draw()
     assert {*dtypes} == {torch.float32}, "probabilities in half precision are too coarse"
-    assert not any(graphs), "sampling needs no graph, nor the prompt's logits"
+    assert not any(wasted), "sampling needs no graph, nor the prompt's logits"
 
 
 @pytest.mark.parametrize("eos,pad", [(0, 2), ([EOS], EOS), ([EOS, 1], 2), ([0, 1, 2, EOS], 1), (None, 2)])
@@ -1536,7 +1536,7 @@ def test_what_stops_being_finite_stops_the_run_and_names_the_iteration(tmp_path)
         return [math.nan if len(calls) == 3 else 1.0 + i for i in range(len(responses))]
     with pytest.raises(FloatingPointError, match="iteration 3: .*score.*checkpoint is in .*run"):
         toy_train(tmp_path, score=score, out=out, save_every=1, missing_eos_score=math.inf, ppo_epochs=1)
-    with pytest.raises(FloatingPointError, match="iteration 1: .*score"):  # the sum of squares is
+    with pytest.raises(FloatingPointError, match="iteration 1: .*score"):  # the squares' sum is infinite
         toy_train(tmp_path, score=lambda p, r: [1.5e19, -1.5e19] + [1.0] * (len(r) - 2))
     policy = gpt2()
     policy.lm_head.weight.register_hook(lambda grad: grad * math.inf)

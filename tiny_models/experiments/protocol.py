@@ -110,7 +110,7 @@ EVERY_PRICE = 0.15, 0.2, 0.3, 0.4, 0.6  # at which the default was run
 CURVE = Arm({}, EVERY_PRICE, 6)
 STEER = {"beta_control": "batch", "kl_target": AT_KL, "kl_horizon": 200.0}  # found on seed 42, in no arm
 STEERED = Arm({**STEER, "preference": shipped}, (0.3,), 6)
-OWN_FEEDBACK = Arm({**STEER, "preference": all_answers}, (0.3,), 6, spoiled)  # each run fitted to its own
+OWN_FEEDBACK = Arm({**STEER, "preference": all_answers}, (0.3,), 6, spoiled)  # the same, each run on its own
 SOUND = Arm({"preference": all_answers}, runs=6, make=alarmed)
 BEST = Arm(betas=(0.3,), runs=6, make=best_of_n)
 
